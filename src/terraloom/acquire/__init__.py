@@ -1,0 +1,1 @@
+"""Scenes: archives, item search and lock, reading, simulation."""

@@ -1,0 +1,129 @@
+"""``terraloom check``: validate a campaign and its inputs and show the plan; nothing is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from terraloom.acquire.sources import load_source
+from terraloom.config.campaign import Campaign
+from terraloom.errors import AoiError, ConfigError
+from terraloom.legend import read_legend
+from terraloom.plan import RUN_MADE, Plan, resolve_campaign
+
+__all__ = ["check_campaign"]
+
+#: Measured bytes per 10 m pixel: cube and prediction stores, without compression gains.
+_BYTES_PER_VALUE = 2
+_PREDICT_BYTES_PX = 16
+
+
+def check_campaign(path: Path, *, as_json: bool = False) -> str:
+    """Text (or JSON) of the plan.
+
+    Raises:
+        TerraloomError: The first input that cannot be used, with what to do.
+    """
+    campaign, _ = resolve_campaign({"campaign": str(path)})
+    plan = Plan.of(campaign)
+    notes = _check_inputs(campaign, plan)
+    facts = _facts(campaign, plan, notes)
+    if as_json:
+        return json.dumps(facts, indent=1)
+    lines = [
+        plan.summary(),
+        f"  jobs: {sum(facts['jobs'].values())} ({', '.join(f'{k} {v}' for k, v in facts['jobs'].items())})",
+        f"  disk: about {facts['disk_mb']:.0f} MB of intermediates and products",
+        f"  scenes: {facts['scenes']}",
+        *(f"  note: {n}" for n in notes),
+        f"Run it: snakemake --config campaign={path}",
+    ]
+    return "\n".join(lines)
+
+
+def _check_inputs(campaign: Campaign, plan: Plan) -> list[str]:
+    notes = []
+    for source in campaign.sources:
+        load_source(source.source).choose(source.bands)
+        local = source.catalogue and "://" not in source.catalogue
+        if local and not Path(str(source.catalogue)).exists():
+            if not str(source.catalogue).startswith(RUN_MADE):
+                raise ConfigError(
+                    "there is no such catalogue", where=f"sources[].catalogue {source.catalogue}",
+                    fix="give a STAC API URL or the path of a catalog.json",
+                )  # fmt: skip
+            notes.append(f"{source.catalogue} will be made by the run (archive.kind)")
+    for task in campaign.tasks:
+        if task.classes:
+            legend = read_legend(task.classes)
+            unknown = sorted(set(task.labels.mapping.values()) - set(legend.names))
+            if unknown:
+                raise ConfigError(
+                    f"mapping names classes that are not in the legend: {', '.join(unknown)}",
+                    where=f"tasks[{task.name}].labels.mapping", allowed=", ".join(legend.names),
+                )  # fmt: skip
+        if Path(task.labels.file).exists():
+            _check_labels(campaign, plan, task.name)
+        elif not task.labels.file.startswith(RUN_MADE):
+            raise ConfigError(
+                "there is no such label file", where=f"tasks[{task.name}].labels.file "
+                f"{task.labels.file}", fix="give a path from the project folder",
+            )  # fmt: skip
+        else:
+            notes.append(f"{task.labels.file} will be made by the run (archive.kind)")
+    _check_simulation(campaign, plan)
+    return sorted(set(notes))
+
+
+def _check_labels(campaign: Campaign, plan: Plan, name: str) -> None:
+    from terraloom.labels.read import read_labels
+
+    task = next(t for t in campaign.tasks if t.name == name)
+    legend = read_legend(task.classes) if task.classes else None
+    read_labels(task, plan.grid, legend)
+
+
+def _check_simulation(campaign: Campaign, plan: Plan) -> None:
+    simulation = campaign.archive.simulation
+    if simulation is None:
+        return
+    h, w = plan.grid.geobox.shape
+    if (h, w) != (simulation.size_px, simulation.size_px):
+        raise AoiError(
+            f"the AOI has {w} x {h} px, the simulated region {simulation.size_px} px",
+            where="aoi.bbox", fix="make archive.simulation.size_px and aoi.bbox agree",
+        )  # fmt: skip
+
+
+def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
+    batches, parts = len(plan.batch_names), len(plan.part_names)
+    building = campaign.milestones
+    jobs = {
+        "scenes": (3 + parts) if building.scenes == "build" else 0,
+        "cube": batches,
+        "chips": 2 if building.chips == "build" else 0,
+        "model": campaign.folds.count + 1 + int(campaign.model.baseline)
+        if building.model == "build" else 0,
+        "map": batches + 2 + 2 * int(campaign.sample is not None),
+        "report": 2,
+    }  # fmt: skip
+    h, w = plan.grid.geobox.shape
+    values = 0.0
+    for source in campaign.sources:
+        table = load_source(source.source)
+        for key in table.choose(source.bands):
+            factor = int(table.bands[key].group.rsplit("_", 1)[1]) / 10
+            values += (1 if table.static else len(campaign.cube.periods)) / factor**2
+    disk = h * w * (values * _BYTES_PER_VALUE + _PREDICT_BYTES_PX) * 1.5 / 1e6
+    lock = Path("results/scenes/items.json")
+    scenes = "not searched yet (target `scenes` writes the item lock)"
+    if lock.exists():
+        items = json.loads(lock.read_text(encoding="utf-8"))
+        if items.get("campaign") == campaign.name:
+            used = sum(i["decision"] == "use" for i in items["items"])
+            scenes = f"{used} of {len(items['items'])} locked items are used"
+    return {
+        "campaign": campaign.name, "tiles": len(plan.grid.tiles()), "jobs": jobs,
+        "disk_mb": round(disk, 1), "scenes": scenes, "notes": notes,
+    }  # fmt: skip

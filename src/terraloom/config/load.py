@@ -1,0 +1,122 @@
+"""Reading campaign files: safe YAML, every problem in one message that names key and fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from terraloom.config.campaign import Campaign
+from terraloom.errors import ConfigError
+
+__all__ = ["load_campaign", "parse_campaign", "read_yaml"]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice (plain YAML silently keeps the last)."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands here twice", key_node.start_mark
+            )
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeys.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+    lambda loader, node: _mapping(loader, node, deep=True),
+)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+    except (FileNotFoundError, IsADirectoryError) as err:
+        raise ConfigError(
+            "there is no such file", where=str(path), fix="write one with `terraloom init`"
+        ) from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"not valid YAML: {err}", where=str(path)) from err
+    if not isinstance(data, dict):
+        raise ConfigError("the file holds no keys", where=str(path))
+    return data
+
+
+def load_campaign(path: Path | str) -> Campaign:
+    """Read and validate a campaign file.
+
+    Raises:
+        ConfigError: With campaign file, key, value found, what is allowed, what to do.
+    """
+    return parse_campaign(read_yaml(path), where=str(path))
+
+
+def parse_campaign(data: Mapping[str, Any], *, where: str = "campaign") -> Campaign:
+    """Validate the keys of a campaign; all problems are reported at once."""
+    try:
+        return Campaign.model_validate(dict(data))
+    except ValidationError as err:
+        problems = [_explain(e) for e in err.errors()]
+        found = problems[0] if len(problems) == 1 else "\n  ".join(["several problems", *problems])
+        raise ConfigError(
+            found,
+            where=where,
+            allowed="the keys of config/README.md (config/schema.json for editors)",
+            fix="correct the file, then `terraloom check` it",
+        ) from err
+
+
+def _explain(error: Any) -> str:
+    loc = [p for p in error["loc"] if not (isinstance(p, str) and p.startswith("function-"))]
+    key = ".".join(str(p) for p in loc) or "(whole file)"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _known_keys(loc[:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"key `{key}`: unknown{hint}"
+    if error["type"] == "missing":
+        return f"key `{key}`: missing"
+    text = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f", found {value!r}" if isinstance(value, (str, int, float, bool)) else ""
+    return f"key `{key}`: {text}{shown}"
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    model: Any = Campaign
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if _is_model(model) else None
+        if field is None:
+            return []
+        model = _inner_model(field.annotation)
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _inner_model(annotation: Any) -> Any:
+    if _is_model(annotation):
+        return annotation
+    for arg in get_args(annotation):
+        found = _inner_model(arg)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,250 @@
+"""All pixel, world and tile arithmetic. The one geometry value is odc-geo's ``GeoBox``.
+
+Tile edges lie on multiples of 60 m from the origin of the coordinate system, so that the native
+lattices of 10, 20 and 60 m bands are met exactly and their pixels are never resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from pyproj import CRS, Geod
+from shapely.geometry import box
+from shapely.geometry.base import BaseGeometry
+
+from terraloom.errors import AoiError, GridError
+
+__all__ = [
+    "LATTICE_M",
+    "CampaignGrid",
+    "Tile",
+    "block_windows",
+    "coarsen",
+    "geobox_from_record",
+    "geobox_record",
+    "pad",
+    "pick_crs",
+    "pixel_area_m2",
+    "row_areas_m2",
+    "window_of",
+]
+
+#: Least common multiple of the native pixel sizes of Sentinel-2 (10, 20, 60 m), metres.
+LATTICE_M = 60
+
+#: An AOI wider than this many degrees of longitude spans UTM zones badly: use an equal-area CRS.
+UTM_MAX_WIDTH_DEG = 6.0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One cell of the campaign grid: the unit of work.
+
+    Attributes:
+        name: ``x<column>y<row>`` counted from the upper left corner of the grid.
+        column: Tile column, from the left, starting at 0.
+        row: Tile row, from the top, starting at 0.
+        geobox: Pixels of the tile at the campaign resolution.
+    """
+
+    name: str
+    column: int
+    row: int
+    geobox: GeoBox
+
+
+@dataclass(frozen=True)
+class CampaignGrid:
+    """The campaign's pixel grid and its tiles.
+
+    Attributes:
+        geobox: All pixels of the campaign at its resolution, (H, W).
+        tile_px: Tile height and width, pixels.
+        aoi: Area of interest in the grid's CRS.
+    """
+
+    geobox: GeoBox
+    tile_px: int
+    aoi: BaseGeometry
+
+    @classmethod
+    def from_aoi(
+        cls, aoi: BaseGeometry, crs: str, *, resolution_m: float = 10, tile_px: int = 384
+    ) -> CampaignGrid:
+        """Snap the bounds of ``aoi`` (already in ``crs``) outwards to the 60 m lattice."""
+        if aoi.is_empty or aoi.area <= 0:
+            raise AoiError("the area of interest is empty", where="aoi", fix="give a polygon")
+        if (tile_px * resolution_m) % LATTICE_M:
+            raise GridError(
+                f"tiles of {tile_px} px x {resolution_m} m do not end on the {LATTICE_M} m lattice",
+                where="grid.tile_px",
+                allowed=f"a multiple of {LATTICE_M / resolution_m:g} px",
+            )
+        eps = 1e-6 * LATTICE_M  # a bound on the lattice up to rounding stays where it is
+        left, bottom, right, top = aoi.bounds
+        x0 = math.floor((left + eps) / LATTICE_M) * LATTICE_M
+        y0 = math.floor((bottom + eps) / LATTICE_M) * LATTICE_M
+        x1 = math.ceil((right - eps) / LATTICE_M) * LATTICE_M
+        y1 = math.ceil((top - eps) / LATTICE_M) * LATTICE_M
+        shape = (round((y1 - y0) / resolution_m), round((x1 - x0) / resolution_m))
+        affine = Affine(resolution_m, 0, x0, 0, -resolution_m, y1)
+        return cls(GeoBox(shape, affine, crs), tile_px, aoi)
+
+    @property
+    def crs(self) -> str:
+        """Coordinate system as authority code or WKT."""
+        return str(self.geobox.crs)
+
+    @property
+    def resolution_m(self) -> float:
+        """Pixel size, metres."""
+        return float(self.geobox.resolution.x)
+
+    def tile(self, column: int, row: int) -> Tile:
+        """Tile at a column and row; edge tiles are cut at the grid's border."""
+        h, w = self.geobox.shape
+        r0, c0 = row * self.tile_px, column * self.tile_px
+        if not (0 <= r0 < h and 0 <= c0 < w):
+            raise GridError(f"no tile at column {column}, row {row}", where="grid")
+        gbox = self.geobox[r0 : min(r0 + self.tile_px, h), c0 : min(c0 + self.tile_px, w)]
+        return Tile(f"x{column:03d}y{row:03d}", column, row, gbox)
+
+    def tiles(self) -> list[Tile]:
+        """Tiles that touch the AOI, row by row."""
+        h, w = self.geobox.shape
+        found = []
+        for row in range(math.ceil(h / self.tile_px)):
+            for column in range(math.ceil(w / self.tile_px)):
+                tile = self.tile(column, row)
+                if _touches(tile.geobox, self.aoi):
+                    found.append(tile)
+        return found
+
+    def batches(self, tiles_per_job: int) -> dict[str, list[Tile]]:
+        """Tiles packed into jobs of at most ``tiles_per_job``, keyed ``b000``, ``b001`` ..."""
+        tiles = self.tiles()
+        return {
+            f"b{i // tiles_per_job:04d}": tiles[i : i + tiles_per_job]
+            for i in range(0, len(tiles), tiles_per_job)
+        }
+
+
+def _touches(geobox: GeoBox, aoi: BaseGeometry) -> bool:
+    b = geobox.boundingbox
+    cell = box(b.left, b.bottom, b.right, b.top)
+    return bool(aoi.intersects(cell) and aoi.intersection(cell).area > 0)
+
+
+def pick_crs(aoi_deg: BaseGeometry) -> str:
+    """CRS of a campaign: the UTM zone of the AOI, or LAEA where the AOI spans zones.
+
+    Args:
+        aoi_deg: AOI in longitude and latitude (EPSG:4326), degrees.
+    """
+    west, south, east, north = aoi_deg.bounds
+    lon, lat = (west + east) / 2, (south + north) / 2
+    if east - west > UTM_MAX_WIDTH_DEG or abs(lat) > 84:
+        return CRS.from_proj4(
+            f"+proj=laea +lat_0={lat:.1f} +lon_0={lon:.1f} +datum=WGS84 +units=m +no_defs"
+        ).to_wkt()
+    zone = min(int((lon + 180) // 6) + 1, 60)
+    return f"EPSG:{(32600 if lat >= 0 else 32700) + zone}"
+
+
+def coarsen(geobox: GeoBox, factor: int) -> GeoBox:
+    """The same ground at pixels ``factor`` times as large; the shape must divide exactly."""
+    h, w = geobox.shape
+    if h % factor or w % factor:
+        raise GridError(
+            f"{h}x{w} px do not divide by {factor}", where="grid", fix="snap to the 60 m lattice"
+        )
+    return GeoBox((h // factor, w // factor), geobox.affine * Affine.scale(factor), geobox.crs)
+
+
+def pad(geobox: GeoBox, margin_px: int) -> GeoBox:
+    """The geobox grown by ``margin_px`` pixels on every side."""
+    h, w = geobox.shape
+    affine = geobox.affine * Affine.translation(-margin_px, -margin_px)
+    return GeoBox((h + 2 * margin_px, w + 2 * margin_px), affine, geobox.crs)
+
+
+def window_of(inner: GeoBox, outer: GeoBox) -> tuple[slice, slice]:
+    """Rows and columns of ``inner`` within ``outer``; both must share one lattice and CRS.
+
+    Raises:
+        GridError: Different CRS, resolution or sub-pixel phase. Never rounds silently.
+    """
+    rel = ~outer.affine * inner.affine
+    c0, r0 = rel * (0, 0)
+    same = inner.crs == outer.crs and abs(rel.a - 1) < 1e-6 and abs(rel.e - 1) < 1e-6
+    if not same or abs(c0 - round(c0)) > 1e-3 or abs(r0 - round(r0)) > 1e-3:
+        raise GridError(
+            f"pixels at {inner.affine[2]:.3f}, {inner.affine[5]:.3f} are not on the lattice of "
+            f"{outer.affine[2]:.3f}, {outer.affine[5]:.3f}",
+            where="grid",
+            allowed="the same CRS, pixel size and phase",
+        )
+    r, c = round(r0), round(c0)
+    h, w = inner.shape
+    return slice(r, r + h), slice(c, c + w)
+
+
+def row_areas_m2(geobox: GeoBox) -> npt.NDArray[np.float64]:
+    """True area of one pixel of each row on the WGS 84 ellipsoid, (H,), square metres.
+
+    Nominal pixel area is off by the square of the projection's scale factor (up to .2 % in UTM,
+    far more elsewhere). The area is exact at every 64th row, in the middle column, and linear in
+    between, which is good to 1e-6 for metre-scale pixels.
+    """
+    h, w = geobox.shape
+    knots = np.unique(np.append(np.arange(0, h, 64), h - 1))
+    areas = [_one_pixel_area(geobox, int(r), w // 2) for r in knots]
+    return np.interp(np.arange(h), knots, areas)
+
+
+def pixel_area_m2(geobox: GeoBox) -> npt.NDArray[np.float64]:
+    """Row areas as an (H, 1) column that broadcasts over an (H, W) raster, square metres."""
+    return row_areas_m2(geobox)[:, None]
+
+
+def _one_pixel_area(geobox: GeoBox, row: int, column: int) -> float:
+    from pyproj import Transformer
+
+    crs = CRS.from_user_input(str(geobox.crs))
+    to_deg = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+    # 16 columns instead of one: keeps the polygon area far from rounding error.
+    span = 16
+    corners = [(column, row), (column + span, row), (column + span, row + 1), (column, row + 1)]
+    xy = [geobox.affine * c for c in corners]
+    lon, lat = to_deg.transform([p[0] for p in xy], [p[1] for p in xy])
+    area, _ = Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)
+    return abs(float(area)) / span
+
+
+def block_windows(geobox: GeoBox, rows: int = 512) -> Iterator[tuple[slice, slice]]:
+    """Row strips of a raster from top to bottom, for bounded memory."""
+    h, w = geobox.shape
+    for r in range(0, h, rows):
+        yield slice(r, min(r + rows, h)), slice(0, w)
+
+
+def geobox_record(geobox: GeoBox) -> dict[str, Any]:
+    """JSON form of a geobox: ``crs``, ``shape``, ``transform`` (six numbers)."""
+    return {
+        "crs": str(geobox.crs),
+        "shape": list(geobox.shape),
+        "transform": [float(v) for v in geobox.affine[:6]],
+    }
+
+
+def geobox_from_record(record: dict[str, Any]) -> GeoBox:
+    """Inverse of :func:`geobox_record`."""
+    h, w = record["shape"]
+    return GeoBox((h, w), Affine(*record["transform"]), record["crs"])

@@ -1,0 +1,1 @@
+"""Labels: reading, aligning to the grid, folds, chips."""

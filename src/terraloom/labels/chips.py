@@ -1,0 +1,413 @@
+"""From label files and cubes to training chips: the stage between ``cube`` and ``members``.
+
+:func:`align_labels` reads all tasks' labels and deals them to folds; it needs no image.
+:func:`cut_chips` burns them, takes away what no image shows, and cuts windows with their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyogrio
+import xarray as xr
+from odc.geo.geobox import GeoBox
+
+from terraloom.config.base import TaskKind
+from terraloom.config.campaign import Campaign, Task
+from terraloom.errors import CoverageError, StateError
+from terraloom.grid import CampaignGrid, Tile, geobox_record, window_of
+from terraloom.io import atomic, read_json, read_store, write_json, write_store
+from terraloom.labels.folds import FoldMap, assign_folds, audit_folds
+from terraloom.labels.rasterise import NO_LABEL, burn, eroded
+from terraloom.labels.read import read_labels
+from terraloom.legend import IGNORE_INDEX, Legend
+from terraloom.log import get_logger
+from terraloom.preprocess.cube import channel_names, cube_inputs
+from terraloom.preprocess.reasons import INVALID, Reason
+
+__all__ = ["align_labels", "chip_windows", "cut_chips"]
+
+#: Fold of padding pixels outside the grid.
+NO_FOLD = 255
+#: A fixed time stamp keeps GeoPackages byte-identical.
+_GPKG_TIME = "2000-01-01T00:00:00Z"
+_LAYER = "labels"
+
+log = get_logger(__name__)
+
+
+def align_labels(
+    campaign: Campaign, grid: CampaignGrid, legend: Legend, out_dir: Path | str
+) -> dict[str, Any]:
+    """Read the labels of all tasks, deal them to folds and write both.
+
+    Writes ``labels.json`` (what was kept, repaired, left out and why; the fold map; the leakage
+    audit) and ``folds.gpkg`` (all labels in the grid's CRS with task, class, value, date, block
+    and fold).
+
+    Args:
+        campaign: The campaign.
+        grid: Its grid.
+        legend: Classes of its segmentation task.
+        out_dir: Folder to write to.
+
+    Returns:
+        The report that stands in ``labels.json``.
+
+    Raises:
+        LabelError: A label file cannot be used.
+        FoldError: The labels cannot be divided into the folds asked for.
+    """
+    out = Path(out_dir)
+    parts, reports = [], {}
+    for s, task in enumerate(campaign.tasks):
+        is_map = task.kind is TaskKind.SEGMENTATION
+        labels, report = read_labels(task, grid, legend if is_map else None)
+        report["erosion"] = _erosion_report(labels, task)
+        value = labels["value"].to_numpy()
+        labels["task"] = task.name
+        labels["class"] = [legend.names[int(v)] for v in value] if is_map else None
+        labels["stratum"] = value.astype(np.int64) if is_map else len(legend) + s
+        parts.append(labels)
+        reports[task.name] = report
+        log.info("task %s: %d of %d labels kept", task.name, len(labels), report["rows"])
+    union = gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), crs=parts[0].crs)
+    union, fold_map = assign_folds(
+        union,
+        geobox=grid.geobox,
+        count=campaign.folds.count,
+        block_m=campaign.folds.block_m,
+        seed=campaign.seed,
+        names=[*legend.names, *(t.name for t in campaign.tasks)],
+    )
+    result = {
+        "campaign": campaign.name,
+        "classes": list(legend.names),
+        "tasks": reports,
+        "folds": fold_map.record() | {"labelled_blocks": int(union["block"].nunique())},
+        "audit": audit_folds(union),
+    }
+    _write_labels(out / "folds.gpkg", union)
+    write_json(out / "labels.json", result)
+    return result
+
+
+def _erosion_report(labels: gpd.GeoDataFrame, task: Task) -> dict[str, Any]:
+    erode_m = 0.0 if task.kind is TaskKind.BOUNDARY else task.labels.erode_m
+    polygons = np.asarray(labels.geometry.values[labels.area.to_numpy() > 0], dtype=object)
+    if erode_m == 0 or not len(polygons):
+        return {"erode_m": erode_m, "lost_area_pct": 0.0, "kept_whole": 0}
+    cores, whole = eroded(polygons, erode_m)
+    left = gpd.GeoSeries(cores).area.sum() / gpd.GeoSeries(polygons).area.sum()
+    lost = round(100 * (1 - float(left)), 2)
+    return {"erode_m": erode_m, "lost_area_pct": lost, "kept_whole": int(whole.sum())}
+
+
+def _write_labels(path: Path, labels: gpd.GeoDataFrame) -> None:
+    columns = ["task", "label_id", "class", "value", "date", "stratum", "block", "fold"]
+    frame = labels[[*columns, "geometry"]]
+    before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _GPKG_TIME})
+    try:
+        with atomic(path) as tmp:
+            tmp.unlink()  # GDAL refuses to make a GeoPackage out of an empty file
+            frame.to_file(tmp, driver="GPKG", layer=_LAYER, engine="pyogrio")
+    finally:
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
+
+
+def _read_aligned(out: Path, grid: CampaignGrid) -> tuple[gpd.GeoDataFrame, dict[str, Any]]:
+    report = read_json(out / "labels.json")
+    path = out / "folds.gpkg"
+    if not path.is_file():
+        raise StateError("the aligned labels are missing", where=str(path),
+                         fix="run the stage before")  # fmt: skip
+    # Written in this CRS; a WKT round trip may spell it differently.
+    labels = gpd.read_file(path, layer=_LAYER).set_crs(grid.crs, allow_override=True)
+    return labels, report
+
+
+@dataclass
+class _Burnt:
+    """Labels of one tile: values per task, fold and block of each pixel, all (H, W)."""
+
+    y: dict[str, npt.NDArray[Any]]
+    fold: npt.NDArray[np.uint8]
+    block: npt.NDArray[np.int32]
+
+
+@dataclass
+class _Tally:
+    """Pixels of one task: where its labels went."""
+
+    overlap: int = 0
+    between_folds: int = 0
+    labelled: int = 0
+    invalid: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Counts, and shares of the labelled pixels in percent."""
+        n = max(self.labelled, 1)
+        return {
+            "labelled_px": self.labelled,
+            "kept_px": self.labelled - self.invalid,
+            "lost_overlap_px": self.overlap,
+            "lost_between_folds_px": self.between_folds,
+            "lost_invalid_pct": round(100 * self.invalid / n, 3),
+            "lost_by_reason_pct": {k: round(100 * v / n, 3) for k, v in self.reasons.items()},
+        }
+
+
+def chip_windows(shape: tuple[int, int], size_px: int) -> Iterator[tuple[slice, slice]]:
+    """Windows of ``size_px`` from the upper left; the last ones may reach beyond the shape."""
+    for r in range(0, shape[0], size_px):
+        for c in range(0, shape[1], size_px):
+            yield slice(r, r + size_px), slice(c, c + size_px)
+
+
+def cut_chips(
+    campaign: Campaign, grid: CampaignGrid, cube_dir: Path | str, out_dir: Path | str
+) -> dict[str, Any]:
+    """Cut training chips with at least one labelled pixel.
+
+    Chips tile each campaign tile from its upper left corner and never cross tiles; what reaches
+    beyond a tile is NaN, without label and without fold. A pixel without a clear observation in
+    any period has no label. Needs the files of :func:`align_labels` in ``out_dir``; writes
+    ``chips.zip`` and ``metrics.json``.
+
+    Args:
+        campaign: The campaign.
+        grid: Its grid.
+        cube_dir: Folder with one ``<tile>.zip`` per tile.
+        out_dir: Folder to write to.
+
+    Returns:
+        The metrics: chips, labelled pixels per task, class and fold, and labels lost.
+
+    Raises:
+        StateError: Aligned labels or a tile's cube are missing, or cubes do not fit together.
+        CoverageError: No label lies on a pixel with a clear observation.
+    """
+    out = Path(out_dir)
+    labels, report = _read_aligned(out, grid)
+    folds = FoldMap.from_record(report["folds"], grid.geobox)
+    tallies = {t.name: _Tally() for t in campaign.tasks}
+    chips: list[dict[str, Any]] = []
+    channels: dict[str, list[str]] = {}
+    for tile in grid.tiles():
+        burnt = _burn_tile(campaign, labels, folds, tile.geobox, tallies)
+        if not any(_has_label(y).any() for y in burnt.y.values()):
+            continue
+        path = Path(cube_dir) / f"{tile.name}.zip"
+        chips += _chips_of_tile(campaign, grid, tile, path, burnt, tallies, channels)
+    if not chips:
+        raise CoverageError(
+            f"none of the {len(labels)} labels lies where a period has a clear observation",
+            where=f"campaign {campaign.name}", allowed="at least one labelled, clear pixel",
+            fix="longer or other cube.periods, or labels elsewhere",
+        )  # fmt: skip
+    classes = list(report["classes"])
+    dataset = _dataset(campaign, grid, chips, channels, classes)
+    metrics = _metrics(campaign, dataset, tallies, report, classes)
+    write_store(out / "chips.zip", dataset)
+    write_json(out / "metrics.json", metrics)
+    log.info("%d chips of %d px", len(chips), campaign.chips.size_px)
+    return metrics
+
+
+def _has_label(y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray(y != IGNORE_INDEX if y.dtype == np.uint8 else np.isfinite(y), dtype=bool)
+
+
+def _burn_tile(
+    campaign: Campaign,
+    labels: gpd.GeoDataFrame,
+    folds: FoldMap,
+    geobox: GeoBox,
+    tallies: Mapping[str, _Tally],
+) -> _Burnt:
+    """Values of all tasks, and the fold of each pixel: that of its label, else of its block.
+
+    The class map's labels decide first. A label of another task that belongs to another fold than
+    its pixel (the outer edge of a neighbour's parcel) is left out: no pixel is in two folds.
+    """
+    done = {}
+    fold, block = folds.folds(geobox), folds.blocks(geobox)
+    free = np.ones(geobox.shape, dtype=bool)
+    tasks = sorted(campaign.tasks, key=lambda t: t.kind is not TaskKind.SEGMENTATION)
+    for task in tasks:
+        mine = labels[labels["task"] == task.name].reset_index(drop=True)
+        burned = burn(mine, geobox, kind=task.kind, erode_m=task.labels.erode_m)
+        tallies[task.name].overlap += int(burned.conflict.sum())
+        take = free & (burned.label != NO_LABEL)
+        fold[take] = mine["fold"].to_numpy()[burned.label[take]]
+        block[take] = mine["block"].to_numpy()[burned.label[take]]
+        free &= ~take
+        done[task.name] = burned, mine["fold"].to_numpy(dtype=np.int64)
+    y = {}
+    for name, (burned, fold_of) in done.items():
+        value = burned.value.copy()
+        has = _has_label(value)
+        other = has & (fold_of[burned.label] != fold)
+        _forget(value, other)
+        tallies[name].between_folds += int(other.sum())
+        y[name] = value
+    return _Burnt(y, fold, block)
+
+
+def _forget(y: npt.NDArray[Any], where: npt.NDArray[np.bool_]) -> None:
+    y[where] = IGNORE_INDEX if y.dtype == np.uint8 else np.nan
+
+
+def _chips_of_tile(
+    campaign: Campaign,
+    grid: CampaignGrid,
+    tile: Tile,
+    path: Path,
+    burnt: _Burnt,
+    tallies: Mapping[str, _Tally],
+    channels: dict[str, list[str]],
+) -> list[dict[str, Any]]:
+    cube = read_store(path)
+    if cube["reasons"].shape != tile.geobox.shape:
+        raise StateError(
+            f"cube of {cube['reasons'].shape} px, tile of {tuple(tile.geobox.shape)}",
+            where=str(path), fix="delete work/cube and rerun",
+        )  # fmt: skip
+    _mask(burnt, cube["reasons"].to_numpy(), tallies)
+    names = channel_names(cube)
+    if channels and names != channels:
+        raise StateError("its channels differ from those of the tiles before", where=str(path),
+                         fix="delete work/cube and rerun")  # fmt: skip
+    channels.update(names)
+    size = campaign.chips.size_px
+    rows, cols = window_of(tile.geobox, grid.geobox)
+    labelled = np.any([_has_label(y) for y in burnt.y.values()], axis=0)
+    h, w = tile.geobox.shape
+    windows = [at for at in chip_windows((h, w), size) if labelled[at].any()]
+    inputs = cube_inputs(cube) if windows else {}
+    return [
+        _chip(inputs, burnt, window, size)
+        | {"row": rows.start + window[0].start, "col": cols.start + window[1].start}
+        for window in windows
+    ]
+
+
+def _mask(burnt: _Burnt, reasons: npt.NDArray[np.uint8], tallies: Mapping[str, _Tally]) -> None:
+    """Take away labels where no period has a clear observation, and count why."""
+    invalid = (reasons & INVALID) != 0
+    for name, y in burnt.y.items():
+        has = _has_label(y)
+        tally = tallies[name]
+        tally.labelled += int(has.sum())
+        lost = has & invalid
+        tally.invalid += int(lost.sum())
+        for reason in Reason:
+            if reason & INVALID:
+                n = int((lost & ((reasons & reason) != 0)).sum())
+                key = str(reason.name).lower()
+                tally.reasons[key] = tally.reasons.get(key, 0) + n
+        _forget(y, lost)
+
+
+def _factor(group: str) -> int:
+    """Pixels of 10 m along one pixel of a group, whose name ends in its pixel size."""
+    return int(group.rsplit("_", 1)[1]) // 10
+
+
+def _chip(
+    inputs: Mapping[str, npt.NDArray[np.float32]],
+    burnt: _Burnt,
+    window: tuple[slice, slice],
+    size: int,
+) -> dict[str, Any]:
+    chip: dict[str, Any] = {}
+    for group, x in inputs.items():
+        f = _factor(group)
+        cut = tuple(slice(s.start // f, s.stop // f) for s in window)
+        chip[f"x_{group}"] = _padded(x[(slice(None), *cut)], size // f, np.nan)
+    for name, y in burnt.y.items():
+        fill = IGNORE_INDEX if y.dtype == np.uint8 else np.nan
+        chip[f"y_{name}"] = _padded(y[window], size, fill)
+    chip["fold"] = _padded(burnt.fold[window], size, NO_FOLD)
+    chip["block"] = _padded(burnt.block[window], size, -1)
+    return chip
+
+
+def _padded(a: npt.NDArray[Any], size: int, fill: float) -> npt.NDArray[Any]:
+    out = np.full((*a.shape[:-2], size, size), fill, dtype=a.dtype)
+    out[..., : a.shape[-2], : a.shape[-1]] = a
+    return out
+
+
+def _dataset(
+    campaign: Campaign,
+    grid: CampaignGrid,
+    chips: Sequence[Mapping[str, Any]],
+    channels: Mapping[str, list[str]],
+    classes: list[str],
+) -> xr.Dataset:
+    """Chips as one dataset: ``x_<group>``, ``y_<task>``, ``fold``, ``block`` along ``n``."""
+    data: dict[str, Any] = {}
+    for name in (k for k in chips[0] if k not in ("row", "col")):
+        dims: tuple[str, ...] = ("n", "y_10", "x_10")
+        if name.startswith("x_"):
+            res = 10 * _factor(name)
+            dims = ("n", f"channel_{name[2:]}", f"y_{res}", f"x_{res}")
+        values = np.stack([c[name] for c in chips])
+        # One chip is one piece of the store, so that chips can be read one by one.
+        data[name] = xr.Variable(dims, values, encoding={"chunks": (1, *values.shape[1:])})
+    coords: dict[str, Any] = {
+        k: ("n", np.array([c[k] for c in chips], dtype=np.int64)) for k in ("row", "col")
+    }
+    coords |= {f"channel_{g}": names for g, names in channels.items()}
+    attrs = geobox_record(grid.geobox) | {
+        "size_px": campaign.chips.size_px,
+        "folds": campaign.folds.count,
+        "classes": classes,
+        "tasks": [{"name": t.name, "kind": str(t.kind), "unit": t.unit} for t in campaign.tasks],
+    }
+    return xr.Dataset(data, coords, attrs)
+
+
+def _metrics(
+    campaign: Campaign,
+    dataset: xr.Dataset,
+    tallies: Mapping[str, _Tally],
+    report: Mapping[str, Any],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    fold = dataset["fold"].to_numpy()
+    count = campaign.folds.count
+    y = dataset[f"y_{campaign.land_cover.name}"].to_numpy()
+    table = np.zeros((len(classes), count), dtype=np.int64)
+    has = y != IGNORE_INDEX
+    np.add.at(table, (y[has].astype(np.int64), fold[has].astype(np.int64)), 1)
+    in_folds = (table > 0).sum(axis=1)
+    for k in np.flatnonzero(in_folds < 2):
+        log.warning("class %s has pixels in %d fold(s)", classes[int(k)], in_folds[k])
+    tasks = {}
+    for name, tally in tallies.items():
+        read = report["tasks"][name]
+        tasks[name] = tally.record() | {
+            "labels_kept": read["kept"],
+            "labels_dropped": sum(read["dropped"].values()),
+        }
+    return {
+        "chips": int(dataset.sizes["n"]),
+        "tasks": tasks,
+        "class_px": {c: int(n) for c, n in zip(classes, table.sum(axis=1), strict=True)},
+        "class_px_per_fold": {
+            c: [int(n) for n in row] for c, row in zip(classes, table, strict=True)
+        },
+        "classes_in_one_fold": [c for c, n in zip(classes, in_folds, strict=True) if n < 2],
+        "overlaps_across_folds": report["audit"]["overlaps_across_folds"],
+    }

@@ -1,0 +1,1 @@
+"""Networks: multi-resolution fusion, heads, losses and the member files."""

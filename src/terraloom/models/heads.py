@@ -1,0 +1,136 @@
+"""Heads: one 1x1 convolution per task and the way from its output to physical values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from terraloom.errors import ModelError
+
+__all__ = ["KINDS", "LOG_VAR_RANGE", "Head", "TaskSpec", "make_head"]
+
+KINDS = ("segmentation", "regression", "boundary")
+#: Clamp of the predicted log variance (standardised target): sd between .018 and 20.
+LOG_VAR_RANGE = (-8.0, 6.0)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One thing to predict.
+
+    Attributes:
+        name: Key of the labels (``y_<name>``) and of the outputs.
+        kind: ``segmentation``, ``regression`` or ``boundary``.
+        classes: Names of classes 0..K-1; segmentation only.
+        unit: Unit of the value; regression only.
+        weight: Weight of the task's loss beside the others.
+        transform: ``standardise`` or ``log1p`` (skewed values >= 0); regression only.
+        mean: Mean of the transformed training values; set in training.
+        std: Standard deviation of the transformed training values; set in training.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...] = ()
+    unit: str = ""
+    weight: float = 1.0
+    transform: str = "standardise"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        where = f"task {self.name}"
+        if self.kind not in KINDS:
+            raise ModelError(f"kind {self.kind!r}", where=where, allowed=", ".join(KINDS))
+        if self.kind == "segmentation" and not 2 <= len(self.classes) <= 255:
+            raise ModelError(f"{len(self.classes)} classes", where=where, allowed="2 to 255")
+        if self.transform not in ("standardise", "log1p"):
+            raise ModelError(f"transform {self.transform!r}", where=where,
+                             allowed="standardise, log1p")  # fmt: skip
+
+    @property
+    def channels(self) -> int:
+        """Channels of the head's raw output."""
+        return {"segmentation": len(self.classes), "regression": 2, "boundary": 1}[self.kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the member's card."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, card: Mapping[str, Any]) -> TaskSpec:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{**card, "classes": tuple(card["classes"])})
+
+    def standardise(self, y: Tensor) -> Tensor:
+        """Values in the task's unit to the scale of the head's output; NaN stays NaN."""
+        return ((torch.log1p(y) if self.transform == "log1p" else y) - self.mean) / self.std
+
+
+class Head(nn.Module):
+    """A 1x1 convolution; subclass per kind decides the physical meaning."""
+
+    def __init__(self, task: TaskSpec, c_in: int) -> None:
+        super().__init__()
+        self.task = task
+        self.conv = nn.Conv2d(c_in, task.channels, 1)
+
+    def forward(self, f: Tensor) -> Tensor:
+        """Raw output (N, c, h, w) of trunk features (N, width, h, w)."""
+        out: Tensor = self.conv(f)
+        return out
+
+    def physical(self, raw: Tensor) -> Tensor:
+        """Raw output to physical values."""
+        raise NotImplementedError
+
+
+class SegmentationHead(Head):
+    """Logits of K classes; physical: probabilities that sum to 1."""
+
+    def physical(self, raw: Tensor) -> Tensor:
+        """Softmax over classes."""
+        return raw.softmax(1)
+
+
+class BoundaryHead(Head):
+    """One logit; physical: probability (or target intensity 0-1) of a boundary."""
+
+    def physical(self, raw: Tensor) -> Tensor:
+        """Logistic function."""
+        return raw.sigmoid()
+
+
+class RegressionHead(Head):
+    """Mean and log variance of a Gaussian in the standardised scale."""
+
+    def physical(self, raw: Tensor) -> Tensor:
+        """Mean and variance in the task's unit, (N, 2, h, w).
+
+        For ``log1p`` these are the moments of the log-normal law: E[1+y] = exp(m + v/2) and
+        Var[y] = (exp(v) - 1) exp(2m + v).
+        """
+        std = self.task.std
+        m = raw[:, 0] * std + self.task.mean
+        v = raw[:, 1].clamp(*LOG_VAR_RANGE).exp() * std**2
+        if self.task.transform == "log1p":
+            # Beyond this the variance overflows float32; such a prediction says "unknown".
+            v = v.clamp_max(math.log(1e6))
+            mean = torch.exp((m + v / 2).clamp_max(40.0))
+            return torch.stack([mean - 1, torch.expm1(v) * mean**2], 1)
+        return torch.stack([m, v], 1)
+
+
+def make_head(task: TaskSpec, c_in: int) -> Head:
+    """The head of a task."""
+    kinds: dict[str, type[Head]] = {
+        "segmentation": SegmentationHead,
+        "regression": RegressionHead,
+        "boundary": BoundaryHead,
+    }
+    return kinds[task.kind](task, c_in)

@@ -1,0 +1,220 @@
+"""The plan of a run: which files each milestone has, which tiles and jobs there are.
+
+Everything here is known from the campaign file alone, so that a dry run shows the whole plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from terraloom.aoi import campaign_grid
+from terraloom.config.base import TaskKind
+from terraloom.config.campaign import Campaign
+from terraloom.config.load import parse_campaign, read_yaml
+from terraloom.errors import ConfigError
+from terraloom.grid import CampaignGrid
+from terraloom.io import write_text
+
+__all__ = ["Plan", "Resolved", "product_names", "resolve_campaign"]
+
+#: Paths below this folder are made by the run itself, in its own folder.
+RUN_MADE = "resources/"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A campaign's keys with all overrides merged and paths made relative to the run's folder."""
+
+    data: dict[str, Any]
+
+    def write(self, path: Path | str) -> None:
+        """Write as YAML, only when the content differs from what is there."""
+        text = yaml.safe_dump(self.data, sort_keys=True, allow_unicode=True)
+        path = Path(path)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+
+
+def resolve_campaign(
+    config: Mapping[str, Any], *, project: str = "."
+) -> tuple[Campaign, Resolved]:
+    """Campaign file plus overrides to a validated campaign.
+
+    Args:
+        config: Key ``campaign`` with the file; any other key overrides the file's.
+        project: Path of the project folder from the run's folder.
+
+    Raises:
+        ConfigError: See :func:`terraloom.config.load.load_campaign`.
+    """
+    overrides = dict(config)
+    file = overrides.pop("campaign", None)
+    if not isinstance(file, str):
+        raise ConfigError(
+            "no campaign is named", where="campaign",
+            fix="snakemake --config campaign=config/campaigns/havel.yaml",
+        )  # fmt: skip
+    path = Path(file) if Path(file).exists() else Path(project) / file
+    data = _merged(read_yaml(path), overrides)
+    parse_campaign(data, where=str(file))
+    data = _from_run_folder(data, project)
+    return parse_campaign(data, where=str(file)), Resolved(data)
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        out[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
+    """Prefix the path keys with the project folder, except what the run itself makes."""
+
+    def path(value: str | None) -> str | None:
+        if value is None or value.startswith((RUN_MADE, "/")) or "://" in value:
+            return value
+        return os.path.normpath(Path(project) / value)
+
+    data = json.loads(json.dumps(data, default=str))
+    aoi = data.get("aoi", {})
+    if "file" in aoi:
+        aoi["file"] = path(aoi["file"])
+    for source in data.get("sources", []):
+        if "catalogue" in source:
+            source["catalogue"] = path(source["catalogue"])
+    for task in data.get("tasks", []):
+        if "classes" in task:
+            task["classes"] = path(task["classes"])
+        task["labels"]["file"] = path(task["labels"]["file"])
+    sample = data.get("sample")
+    if sample and sample.get("answers", "truth") != "truth":
+        sample["answers"] = path(sample["answers"])
+    return data
+
+
+def product_names(campaign: Campaign) -> list[str]:
+    """Names of the rasters of the map, in the order people look at them."""
+    tasks = [t.name for t in campaign.tasks if t.kind is not TaskKind.SEGMENTATION]
+    return ["class_map", "probabilities", "uncertainty", *tasks, "reasons", "image"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Files and jobs of a campaign."""
+
+    campaign: Campaign
+    grid: CampaignGrid
+
+    @classmethod
+    def of(cls, campaign: Campaign) -> Plan:
+        """Plan of a campaign; needs no data, only the AOI."""
+        return cls(campaign, campaign_grid(campaign))
+
+    @cached_property
+    def batch_names(self) -> list[str]:
+        """Jobs of tiles."""
+        return list(self.grid.batches(self.campaign.grid.tiles_per_job))
+
+    @property
+    def part_names(self) -> list[str]:
+        """Jobs of scenes."""
+        return [f"p{i:03d}" for i in range(self.campaign.scenes.jobs)]
+
+    @property
+    def catalogue_files(self) -> list[str]:
+        """Local catalogues that must be there before the item search."""
+        named = (s.catalogue for s in self.campaign.sources)
+        return sorted({c for c in named if c and "://" not in c})
+
+    @property
+    def label_files(self) -> list[str]:
+        """Files with labels or legends."""
+        files = {t.labels.file for t in self.campaign.tasks}
+        return sorted(files | {t.classes for t in self.campaign.tasks if t.classes})
+
+    @property
+    def answer_files(self) -> list[str]:
+        """Files that answer the probability sample."""
+        sample = self.campaign.sample
+        if sample is None:
+            return []
+        truth = "resources/simulated/truth/truth.json"
+        return [truth if sample.answers == "truth" else sample.answers]
+
+    @property
+    def product_files(self) -> list[str]:
+        """Rasters of the map milestone."""
+        return [f"results/map/{name}.tif" for name in product_names(self.campaign)]
+
+    @property
+    def milestones(self) -> dict[str, list[str]]:
+        """Files that stand when a milestone is done."""
+        final = ["results/map/map.json", "results/map/areas.csv", "results/map/metrics.json"]
+        if self.campaign.archive.kind == "simulated":
+            final.append("results/map/scoreboard.json")
+        return {
+            "scenes": [
+                "results/scenes/items.json", "results/scenes/shifts.json",
+                "results/scenes/quality.csv", "results/scenes/metrics.json",
+            ],
+            "chips": [
+                "results/chips/chips.zip", "results/chips/folds.geojson",
+                "results/chips/labels.json", "results/chips/metrics.json",
+            ],
+            "model": [
+                "results/model/calibration.json", "results/model/held_out.json",
+                "results/model/metrics.json",
+            ],
+            "map": [*self.product_files, *final],
+        }  # fmt: skip
+
+    def keys(self, *dotted: str) -> str:
+        """The values of campaign keys as compact JSON, for the params of a rule."""
+        return json.dumps({d: self._value(d) for d in dotted}, sort_keys=True, default=str)
+
+    def _value(self, dotted: str) -> Any:
+        value: Any = self.campaign.model_dump(mode="json")
+        for part in dotted.split("."):
+            value = (
+                [v[part] for v in value] if isinstance(value, list) else value[part]
+            )
+        return value
+
+    def summary(self) -> str:
+        """What will be done, in a few lines."""
+        c, tiles = self.campaign, self.grid.tiles()
+        h, w = self.grid.geobox.shape
+        networks = c.folds.count * c.model.members
+        mpx = h * w / 1e6
+        return (
+            f"Campaign {c.name}: {c.title}\n"
+            f"  grid {w} x {h} px of {self.grid.resolution_m:g} m ({mpx:.1f} Mpx), "
+            f"{len(tiles)} tiles in {len(self.batch_names)} jobs\n"
+            f"  periods {', '.join(p.name for p in c.cube.periods)}; tasks "
+            f"{', '.join(f'{t.name} ({t.kind.value})' for t in c.tasks)}\n"
+            f"  {networks} networks ({c.folds.count} folds x {c.model.members} members)"
+        )
+
+    def where_to_look(self) -> str:
+        """The final line of a run."""
+        folder = Path.cwd()
+        lines = [f"Campaign {self.campaign.name} is done."]
+        for what, file in (
+            ("report", "results/map/report.html"),
+            ("map", "results/map/class_map.tif"),
+            ("scoreboard", "results/map/scoreboard.json"),
+        ):
+            if (folder / file).exists():
+                lines.append(f"  {what}: {(folder / file).as_posix()}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Prediction: tiles with exact halos, mosaics, products."""

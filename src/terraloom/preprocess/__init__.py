@@ -1,0 +1,1 @@
+"""From scenes to cubes: masks, co-registration, radiometry, composites."""

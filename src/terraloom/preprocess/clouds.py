@@ -1,0 +1,361 @@
+"""Where clouds, snow and water are, one scene or many dates at a time.
+
+One interface, three methods: ``s2cloudless`` (a trained model for Sentinel-2 L1C), ``spectral``
+(no model; a haze index and the darkest visible band) and ``scl`` (the product's own layer). Where
+clear-sky values of other dates are at hand, a pixel's departure from them is the stronger
+evidence and is used with ``spectral``. Reflectance is 0-1, NaN is missing. Lengths are metres:
+nothing depends on the pixel size of the source.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from terraloom.errors import SceneError
+
+if TYPE_CHECKING:
+    import lightgbm
+
+__all__ = [
+    "MIN_DATES",
+    "S2CLOUDLESS_BANDS",
+    "MaskMethod",
+    "clear_background",
+    "cloud_probability",
+    "haze_index",
+    "haze_lift",
+    "snow_mask",
+    "temporal_cloud",
+    "temporal_shadow",
+    "water_mask",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+F32 = npt.NDArray[np.float32]
+Bands = Mapping[str, npt.NDArray[Any]]
+
+#: Features of the s2cloudless model, in its order.
+S2CLOUDLESS_BANDS = ("B01", "B02", "B04", "B05", "B08", "B8A", "B09", "B10", "B11", "B12")
+_SPECTRAL_BANDS = ("B02", "B03", "B04", "B08", "B11")
+#: Dates needed before other dates may say what clear sky looks like.
+MIN_DATES = 4
+
+
+class MaskMethod(StrEnum):
+    """How clouds are found."""
+
+    S2CLOUDLESS = "s2cloudless"
+    SPECTRAL = "spectral"
+    SCL = "scl"
+
+
+def cloud_probability(bands: Bands, method: MaskMethod | str) -> F32:
+    """Probability of cloud per pixel.
+
+    Args:
+        bands: (H, W) reflectance 0-1 by band key, NaN invalid, all on one grid; for ``scl`` the
+            integer layer under ``"SCL"``. ``s2cloudless`` needs L1C (top of atmosphere) and all of
+            :data:`S2CLOUDLESS_BANDS`; ``spectral`` needs B02 B03 B04 B08 B11 of any level and uses
+            B10 (cirrus) where it is given.
+        method: Method.
+
+    Returns:
+        (H, W) float32, 0-1, NaN where a band is missing.
+
+    Raises:
+        SceneError: A band is absent, or shapes differ, or the model is not installed.
+    """
+    method = MaskMethod(method)
+    if method is MaskMethod.SCL:
+        _need(bands, ("SCL",), method)
+        codes = np.asarray(bands["SCL"])
+        cloudy = np.isin(codes, [8, 9, 10]).astype(np.float32)
+        return np.where(codes == 0, np.float32(np.nan), cloudy)
+    if method is MaskMethod.S2CLOUDLESS:
+        return _s2cloudless(bands)
+    return _spectral(bands)
+
+
+def _need(bands: Bands, names: Sequence[str], method: str) -> None:
+    absent = [b for b in names if b not in bands]
+    if absent:
+        raise SceneError(
+            f"no band {', '.join(absent)}",
+            where=f"masks.method {method}",
+            allowed=f"all of {', '.join(names)}",
+            fix="choose another masks.method, or a source that has these bands "
+            "(Sentinel-2 L2A lacks B10)",
+        )
+    shapes = {np.shape(bands[b]) for b in names}
+    if len(shapes) > 1:
+        raise SceneError(
+            f"bands of different shapes {sorted(shapes)}",
+            where=f"masks.method {method}",
+            fix="read all bands onto one geobox",
+        )
+
+
+# --- trained model ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _model() -> lightgbm.Booster:
+    """Gradient-boosted trees of the PyPI wheel ``s2cloudless`` 1.7.3 (Sinergise).
+
+    Only the text file of the model is read: the package itself would import an archive client and
+    OpenCV. The model's licence is CC BY-SA 4.0, which is why it is an extra and is not shipped.
+    """
+    extra = "pip install 'terraloom[s2cloudless]', or choose masks.method spectral"
+    try:
+        import lightgbm
+    except ImportError as err:
+        raise SceneError(
+            "lightgbm is not installed", where="masks.method s2cloudless", fix=extra
+        ) from err
+    spec = importlib.util.find_spec("s2cloudless")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("models/*lightGBM*.txt")):
+            return lightgbm.Booster(model_file=str(file))
+    raise SceneError(
+        "the model file of s2cloudless is not installed",
+        where="masks.method s2cloudless",
+        fix=extra,
+    )
+
+
+def _s2cloudless(bands: Bands) -> F32:
+    _need(bands, S2CLOUDLESS_BANDS, MaskMethod.S2CLOUDLESS)
+    features = np.stack([np.asarray(bands[b]).ravel() for b in S2CLOUDLESS_BANDS], axis=1)
+    valid = np.isfinite(features).all(axis=1)
+    out = np.full(features.shape[0], np.nan, dtype=np.float32)
+    if valid.any():
+        predicted = _model().predict(features[valid].astype(np.float64), num_threads=1)
+        out[valid] = np.asarray(predicted, dtype=np.float32)
+    return out.reshape(np.shape(bands["B02"]))
+
+
+# --- spectral --------------------------------------------------------------------------------
+
+
+def haze_index(blue: npt.NDArray[Any], red: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Haze optimised transform, blue - 0.5 red: flat over clear land, raised by haze and cloud.
+
+    Zhang, Guindon and Cihlar (2002), Remote Sensing of Environment 82, 173-187, in the fixed form
+    used by Fmask (Zhu and Woodcock 2012).
+    """
+    out: npt.NDArray[Any] = blue - 0.5 * red
+    return out
+
+
+def _sigmoid(x: npt.NDArray[Any]) -> F32:
+    return (1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))).astype(np.float32)
+
+
+def _low(values: npt.NDArray[Any], pct: float, most: float) -> float:
+    """Low percentile as the scene's clear level; not above ``most``: a scene may be all cloud."""
+    finite = values[np.isfinite(values)]
+    return min(float(np.percentile(finite, pct)), most) if finite.size else most
+
+
+def _spectral(bands: Bands) -> F32:
+    """Cloud from the lift of haze index and darkest visible band over the scene's clear level.
+
+    The two weights come from a logistic fit to the reference masks of a Sentinel-2 and a Landsat 5
+    scene and to s2cloudless on a third; the lift makes them independent of the path radiance,
+    that is of L1C or L2A.
+    """
+    _need(bands, _SPECTRAL_BANDS, MaskMethod.SPECTRAL)
+    blue, green, red = bands["B02"], bands["B03"], bands["B04"]
+    swir = bands["B11"]
+    haze = haze_index(blue, red)
+    floor = np.minimum(np.minimum(blue, green), red)
+    # Clear levels: at most those of top-of-atmosphere reflectance under a clear sky.
+    haze_lift = haze - _low(haze, 10.0, 0.10)
+    floor_lift = floor - _low(floor, 10.0, 0.10)
+    logit = 60.0 * haze_lift + 25.0 * np.minimum(floor_lift, 0.4) - 4.0
+    if "B10" in bands:
+        # Only high clouds return light at 1.375 um; dry air lets some ground through.
+        cirrus = np.asarray(bands["B10"])
+        logit = np.maximum(logit, 400.0 * (cirrus - max(_low(cirrus, 10.0, 0.01) + 0.006, 0.012)))
+    # Water raises the haze index without raising the infrared; clouds raise both.
+    infrared = np.maximum(np.asarray(bands["B08"]), swir)
+    logit = np.where(infrared < 0.08, logit - 2.0, logit)
+    probability = _sigmoid(logit)
+    probability = np.where(snow_mask(bands), np.float32(0.05), probability)
+    valid = np.isfinite(haze) & np.isfinite(green) & np.isfinite(infrared)
+    return np.where(valid, probability, np.float32(np.nan))
+
+
+def snow_mask(bands: Bands) -> BoolArray:
+    """Snow and ice: bright in the visible, dark in the short-wave infrared.
+
+    NDSI = (B03 - B11)/(B03 + B11) > 0.4 with B03 > 0.15 and B08 > 0.11 (Hall et al. 1995; the
+    infrared limit keeps water out). B11 < 0.25 keeps out clouds of ice.
+
+    Returns:
+        (H, W) bool; False where a band is absent or invalid.
+    """
+    if any(b not in bands for b in ("B03", "B08", "B11")):
+        return np.zeros(np.shape(next(iter(bands.values()))), dtype=bool)
+    green, nir, swir = bands["B03"], bands["B08"], bands["B11"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ndsi = (green - swir) / (green + swir)
+        mask: BoolArray = (ndsi > 0.4) & (green > 0.15) & (nir > 0.11) & (swir < 0.25)
+    return mask
+
+
+def water_mask(bands: Bands) -> BoolArray:
+    """Open water: NDWI (B03 - B08)/(B03 + B08) > 0.05 (McFeeters 1996) and a dark infrared.
+
+    Returns:
+        (H, W) bool; False where a band is absent or invalid.
+    """
+    if any(b not in bands for b in ("B03", "B08")):
+        return np.zeros(np.shape(next(iter(bands.values()))), dtype=bool)
+    green, nir = bands["B03"], bands["B08"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mask: BoolArray = ((green - nir) / (green + nir) > 0.05) & (nir < 0.15)
+        if "B11" in bands:
+            mask &= bands["B11"] < 0.08
+    return mask
+
+
+# --- other dates -----------------------------------------------------------------------------
+
+
+def clear_background(
+    stack: npt.NDArray[Any],
+    invalid: BoolArray,
+    *,
+    exclude: int | None = None,
+    days: npt.NDArray[Any] | None = None,
+    nearest: int = 7,
+    min_dates: int = 2,
+) -> F32:
+    """Clear-sky value of each pixel: the median of its valid dates.
+
+    Args:
+        stack: (T, H, W) reflectance of one band.
+        invalid: (T, H, W) bool, pixels not to use.
+        exclude: Index of the date that will be compared with the result.
+        days: (T,) day numbers; with ``exclude`` only the ``nearest`` dates are used, because
+            vegetation changes over the year.
+        nearest: Number of dates then used.
+        min_dates: Fewer valid dates than this give NaN.
+
+    Returns:
+        (H, W) float32, NaN unknown.
+    """
+    index = np.arange(stack.shape[0])
+    if exclude is not None:
+        index = index[index != exclude]
+        if days is not None:
+            order = np.argsort(np.abs(np.asarray(days)[index] - days[exclude]), kind="stable")
+            index = np.sort(index[order[:nearest]])
+    values = np.where(invalid[index], np.nan, stack[index]).astype(np.float32)
+    return _nanmedian(values, min_dates)
+
+
+def _nanmedian(values: F32, min_dates: int) -> F32:
+    """Median over the first axis without NaN, by sorting: no warnings for empty pixels."""
+    ordered = np.sort(values, axis=0)  # NaN last
+    n = np.isfinite(ordered).sum(axis=0)
+    low, high = np.maximum(n - 1, 0) // 2, n // 2
+    high = np.minimum(high, values.shape[0] - 1)
+    pick = 0.5 * (
+        np.take_along_axis(ordered, low[None], 0)[0] + np.take_along_axis(ordered, high[None], 0)[0]
+    )
+    return np.where(n >= max(min_dates, 1), pick, np.nan).astype(np.float32)
+
+
+def haze_lift(bands: Bands, background: Bands) -> npt.NDArray[Any]:
+    """Rise of the haze index over the pixel's clear-sky value, less the scene's own haze."""
+    lift = haze_index(bands["B02"], bands["B04"]) - haze_index(background["B02"], background["B04"])
+    return lift - np.clip(_low(lift, 10.0, 0.02), -0.03, 0.02)
+
+
+def temporal_cloud(
+    blue: npt.NDArray[Any],
+    red: npt.NDArray[Any] | None = None,
+    *,
+    invalid: BoolArray | None = None,
+    threshold: float = 0.022,
+) -> BoolArray:
+    """Cloud as a departure from each pixel's own clear sky, for a stack of dates.
+
+    The clear sky is the 30th percentile over the dates (at most 70 % of them cloudy), the
+    deviation is freed of each scene's uniform haze. With the red band the haze index is compared,
+    which hardly moves when a field turns green; with blue alone the threshold should be doubled.
+
+    Args:
+        blue: (T, H, W) reflectance, T >= 4.
+        red: (T, H, W) reflectance.
+        invalid: (T, H, W) bool, e.g. snow; NaN is invalid anyway.
+        threshold: Least rise that is cloud (reflectance).
+
+    Returns:
+        (T, H, W) bool.
+
+    Raises:
+        SceneError: Fewer than 4 dates.
+    """
+    _enough(blue.shape[0])
+    index = blue if red is None else haze_index(blue, red)
+    usable = np.isfinite(index) if invalid is None else np.isfinite(index) & ~invalid
+    values = np.where(usable, index, np.nan).astype(np.float32)
+    ordered = np.sort(values, axis=0)
+    n = usable.sum(axis=0)
+    rank = np.floor(0.3 * np.maximum(n - 1, 0)).astype(np.intp)
+    reference = np.take_along_axis(ordered, rank[None], 0)[0]
+    lift = values - reference
+    offset = np.array([np.clip(_low(x, 10.0, 0.02), -0.03, 0.02) for x in lift])
+    with np.errstate(invalid="ignore"):
+        cloud: BoolArray = (lift - offset[:, None, None] > threshold) & (n >= MIN_DATES)
+    return cloud
+
+
+def temporal_shadow(
+    nir: npt.NDArray[Any], swir: npt.NDArray[Any], *, invalid: BoolArray, drop: float = 0.25
+) -> BoolArray:
+    """Ground that is darker than its own clear-sky median in both infrared bands.
+
+    A harvest darkens the near infrared and brightens the short-wave one, rain does the reverse; a
+    shadow darkens both.
+
+    Args:
+        nir: (T, H, W) reflectance.
+        swir: (T, H, W) reflectance.
+        invalid: (T, H, W) bool, cloud, snow and nodata.
+        drop: Least relative darkening.
+
+    Returns:
+        (T, H, W) bool.
+
+    Raises:
+        SceneError: Fewer than 4 dates.
+    """
+    _enough(nir.shape[0])
+    out = ~invalid
+    for band in (nir, swir):
+        reference = _nanmedian(np.where(invalid, np.nan, band).astype(np.float32), MIN_DATES)
+        with np.errstate(invalid="ignore"):
+            out = out & (band < (1.0 - drop) * reference)
+    return out
+
+
+def _enough(dates: int) -> None:
+    if dates < MIN_DATES:
+        raise SceneError(
+            f"{dates} dates",
+            where="temporal mask",
+            allowed=f"at least {MIN_DATES} dates",
+            fix="mask the scenes one by one",
+        )

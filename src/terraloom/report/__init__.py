@@ -1,0 +1,1 @@
+"""Report: figures, page, catalogue of products."""

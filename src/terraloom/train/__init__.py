@@ -1,0 +1,1 @@
+"""Training: members, calibration, baseline."""

@@ -1,0 +1,47 @@
+# All members over all tiles, then one raster per product.
+rule predict_tiles:
+    input:
+        calibration="results/model/calibration.json",
+        cards=expand("results/model/fold-{fold}/card.json", fold=FOLDS),
+        cubes=expand("work/cube/{batch}.json", batch=BATCHES),
+    output:
+        "work/predict/{batch}.json",
+    log:
+        "logs/predict_tiles/{batch}.log",
+    benchmark:
+        "benchmarks/predict_tiles/{batch}.tsv"
+    threads: CAMPAIGN.predict.threads
+    resources:
+        mem_mb=mem_mb(3000),
+        runtime=minutes(240),
+    params:
+        keys=keys("aoi", "grid", "tasks", "predict"),
+        code=code_digest("predict.engine"),
+    message:
+        "Predict the tiles of {wildcards.batch}"
+    shell:
+        "terraloom predict-tiles --campaign work/campaign.yaml --batch {wildcards.batch} "
+        "> {log} 2>&1"
+
+
+rule mosaic_products:
+    input:
+        tiles=expand("work/predict/{batch}.json", batch=BATCHES),
+    output:
+        PLAN.product_files,
+        map="results/map/map.json",
+    log:
+        "logs/mosaic_products.log",
+    benchmark:
+        "benchmarks/mosaic_products.tsv"
+    threads: 1
+    resources:
+        mem_mb=mem_mb(2000),
+        runtime=minutes(120),
+    params:
+        keys=keys("name", "aoi", "grid", "tasks", "cube"),
+        code=code_digest("predict.products"),
+    message:
+        "Join the tiles into cloud-optimised products"
+    shell:
+        "terraloom mosaic-products --campaign work/campaign.yaml > {log} 2>&1"
