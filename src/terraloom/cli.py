@@ -86,7 +86,7 @@ def simulate(
     campaign: CampaignFile = RUN_CAMPAIGN, out: Out = Path("resources/simulated")
 ) -> None:
     """Simulate a region with known truth as COGs behind a STAC catalogue."""
-    from terraloom.acquire.simulate.write import simulate_region
+    from terraloom.acquire.simulate import simulate_region
     from terraloom.errors import ConfigError
 
     settings = _load(campaign).archive.simulation
@@ -116,6 +116,14 @@ def lock_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 
 
 @app.command(rich_help_panel=SCENES)
+def verify_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Check every asset of the locked items against its record."""
+    from terraloom.preprocess.scenes import verify_items as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=SCENES)
 def mask_scenes(
     part: Annotated[str, typer.Option(help="Job of scenes, such as p000.")],
     campaign: CampaignFile = RUN_CAMPAIGN,
@@ -141,7 +149,8 @@ def audit_scenes(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Decide which scenes are used and write the quality table."""
     from terraloom.preprocess.audit import audit_scenes as run
 
-    run(_load(campaign))
+    c = _load(campaign)
+    run(c, _grid(c))
 
 
 @app.command(rich_help_panel=SCENES)
@@ -189,7 +198,7 @@ def train_fold(
 @app.command(rich_help_panel=MODEL)
 def fit_baseline(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Fit the per-pixel random forest on the same folds."""
-    from terraloom.train.run import fit_baseline as run
+    from terraloom.assess.held_out import fit_baseline as run
 
     run(_load(campaign))
 

@@ -169,7 +169,7 @@ class Plan:
                 "results/scenes/quality.csv", "results/scenes/metrics.json",
             ],
             "chips": [
-                "results/chips/chips.zip", "results/chips/folds.geojson",
+                "results/chips/chips.zip", "results/chips/folds.gpkg",
                 "results/chips/labels.json", "results/chips/metrics.json",
             ],
             "model": [

@@ -128,10 +128,14 @@ def _chips(folder: Path, rng: np.random.Generator) -> None:
                 "task": "land_cover", "kind": "segmentation", "file": "labels.gpkg",
                 "layer": "labels", "crs": "EPSG:4326", "rows": 214, "dropped": dropped,
                 "repaired": 3, "clipped": 6, "kept": 187, "area_ha": 311.4, "classes": classes,
+                "erosion": {"erode_m": 10.0, "lost_area_pct": 21.4, "kept_whole": 2},
             },
             "field-edges": {"task": "field-edges", "rows": 402, "kept": 402, "dropped": {}},
         },
-        "folds": {"min_distance_m": 640.0, "overlaps_across_folds": 0},
+        "campaign": "isar-valley",
+        "classes": list(LEGEND.names),
+        "folds": {"block_px": 128, "count": 4, "fold_of_block": [0, 1, 2] * 20},
+        "audit": {"min_distance_m": 640.0, "labels_per_fold": {"0": 18, "1": 9}},
     })  # fmt: skip
     polygons, folds = [], []
     for by in range(2):
@@ -141,8 +145,11 @@ def _chips(folder: Path, rng: np.random.Generator) -> None:
                 y = 5332080 + 960 * by + rng.uniform(60, 800)
                 polygons.append(box(x, y, x + rng.uniform(30, 140), y + rng.uniform(30, 120)))
                 folds.append((bx + 2 * by) % 4)
-    frame = gpd.GeoDataFrame({"fold": folds, "block": folds, "class": "Forest"},
-                             geometry=polygons, crs="EPSG:32632")  # fmt: skip
+    task = ["land-cover"] * len(folds) + ["field-edges"]
+    frame = gpd.GeoDataFrame(
+        {"task": task, "fold": [*folds, 0], "block": [*folds, 0], "class": "Forest"},
+        geometry=[*polygons, polygons[0]], crs="EPSG:32632",
+    )  # fmt: skip
     frame.to_file(folder / "folds.gpkg")
 
 
@@ -179,6 +186,11 @@ def _model(folder: Path, rng: np.random.Generator) -> None:
         },
         "regression": {"canopy-height": {"rmse": 3.21, "r2": 0.71, "bias": -0.24, "unit": "m"}},
         "boundary": {"field-edges": {"f1": 0.63}},
+        "suspects": [
+            {"label_id": 40 + i, "class": "Grassland", "likely": "Cropland",
+             "p_class": 0.04 + 0.01 * i, "p_likely": 0.95 - 0.01 * i}
+            for i in range(15)
+        ],
     })  # fmt: skip
     confidence = np.linspace(0.35, 0.985, 9)
     _write_csv(folder / "reliability.csv", [
@@ -221,9 +233,7 @@ def _rasters(folder: Path, geobox: GeoBox, rng: np.random.Generator) -> F64:
     )  # fmt: skip
     invalid = codes == 0
     stored = np.where(invalid, 255, np.round(200 * prob)).astype(np.uint8)
-    write_raster(
-        folder / "probabilities.tif", stored, geobox, nodata=255, band_names=LEGEND.names
-    )
+    write_raster(folder / "probabilities.tif", stored, geobox, nodata=255, band_names=LEGEND.names)
     total = -(prob * np.log(np.clip(prob, 1e-9, 1))).sum(0) / np.log(len(prob))
     epistemic = total * np.clip(0.16 + 0.1 * gaussian_filter(rng.normal(size=SHAPE), 6) * 20, 0, 1)
     three = np.stack([total, total - epistemic, epistemic])
@@ -254,9 +264,7 @@ def _map_json(folder: Path, geobox: GeoBox, mapped: F64) -> None:
         {"code": c, "name": n, "color": v, "map_area_ha": a, "share_pct": 100 * a / mapped.sum()}
         for c, n, v, a in zip(LEGEND.codes, LEGEND.names, LEGEND.colors, mapped, strict=True)
     ]
-    products = {
-        p.stem: {"file": p.name, "sha256": sha256(p)} for p in sorted(folder.glob("*.tif"))
-    }
+    products = {p.stem: {"file": p.name, "sha256": sha256(p)} for p in sorted(folder.glob("*.tif"))}
     write_json(folder / "map.json", {
         "geobox": geobox_record(geobox), "tiles": 1, "valid_pct": 96.4,
         "reason_pct": {"NODATA": 0.0, "CLOUD": 2.5, "SHADOW": 1.5}, "image_period": "summer",

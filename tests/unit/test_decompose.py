@@ -113,7 +113,9 @@ def test_regression_mixture_matches_its_samples() -> None:
     mu, var = np.array([[10.0], [14.0], [12.0]]), np.array([[1.0], [4.0], [2.0]])
     parts = decompose_regression(mu, var)
     rng = np.random.default_rng(3)
-    draws = np.concatenate([rng.normal(m, np.sqrt(v), 100_000) for m, v in zip(mu, var)])
+    draws = np.concatenate(
+        [rng.normal(m, np.sqrt(v), 100_000) for m, v in zip(mu, var, strict=True)]
+    )
     assert parts.mean[0] == pytest.approx(12.0)
     assert parts.aleatoric_sd[0] ** 2 == pytest.approx(7 / 3)
     assert parts.epistemic_sd[0] ** 2 == pytest.approx(8 / 3, rel=1e-6)

@@ -94,7 +94,7 @@ def test_neyman_has_the_least_anticipated_error() -> None:
         assert best <= anticipated_se(W, UA, allocate(pixels, 641, method))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 5000), min_size=1, max_size=8).filter(any),
     st.sampled_from(list(Allocation)),
@@ -119,6 +119,12 @@ def test_allocation_refusals() -> None:
         allocate([100, 200], 50, min_per_stratum=1)
     with pytest.raises(DesignError, match="no stratum"):
         allocate([0, 0], 5)
+    with pytest.raises(DesignError, match="0 or 1 only"):
+        allocate([100, 200], 50, Allocation.NEYMAN, expected_ua=1.0)
+    with pytest.raises(DesignError, match="one or more in each"):
+        anticipated_se(W, UA, [10, 10, 10, 0])
+    with pytest.raises(DesignError, match="stratum shares"):
+        sample_size([0, 0], 0.5, 0.01)
 
 
 # --- areas ------------------------------------------------------------------------------------
@@ -142,18 +148,18 @@ def test_pixel_areas_sum_to_the_geodesic_area(
     side = np.linspace(0, h, 400)
     col = np.concatenate([top, np.full(400, w), top[::-1], np.zeros(400)])
     row = np.concatenate([np.zeros(400), side, np.full(400, h), side[::-1]])
-    x, y = affine * (col, row)
+    x, y = affine.a * col + affine.c, affine.e * row + affine.f
     lon, lat = Transformer.from_crs(CRS(crs), "EPSG:4326", always_xy=True).transform(x, y)
     true = abs(Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)[0])
     areas = PixelAreas(geobox)
-    assert areas.window(slice(0, h), slice(0, w)).sum() == pytest.approx(true, rel=2e-6)
+    assert areas.window(slice(0, h), slice(0, w)).sum() == pytest.approx(true, rel=1e-6)
 
 
 def test_utm_areas_vary_along_the_row() -> None:
     areas = PixelAreas(GeoBox((100, 10_980), UTM, "EPSG:32615"))
     row = areas.window(slice(0, 1), slice(0, 10_980))[0]
-    assert row[0] == pytest.approx(100.05525741, abs=1e-4)
-    assert row[-1] == pytest.approx(99.97109231, abs=1e-4)
+    assert row[0] == pytest.approx(100.05525741, abs=1e-3)
+    assert row[-1] == pytest.approx(99.97109231, abs=1e-3)
     np.testing.assert_allclose(areas.at(np.array([0]), np.array([10_979])), row[-1:])
 
 
@@ -204,7 +210,7 @@ def test_every_pixel_of_a_stratum_is_equally_likely(tmp_path: Path) -> None:
     codes = np.ones((6, 10), np.uint8)
     codes[1::2, ::3] = 2
     path = _write(tmp_path / "small.tif", codes)
-    runs, counts = 300, np.zeros(codes.shape)
+    runs, counts = 120, np.zeros(codes.shape)
     for seed in range(runs):
         points = stratified_sample(path, 20, seed=seed, min_per_stratum=5, strip_px=20).points
         counts[points["row"], points["col"]] += 1
@@ -216,6 +222,14 @@ def test_every_pixel_of_a_stratum_is_equally_likely(tmp_path: Path) -> None:
         stat = ((seen - expected) ** 2).sum() / (expected * (1 - p)) * (1 - 1 / seen.size)
         low, high = chi2.ppf([0.001, 0.999], seen.size - 1)
         assert low < stat < high, (code, stat)
+
+
+def test_neyman_draw_takes_expected_accuracy_by_class(map_path: Path) -> None:
+    options = {"seed": 0, "allocation": Allocation.NEYMAN, "min_per_stratum": 5}
+    sure = stratified_sample(map_path, 200, expected_ua={1: 0.99, 2: 0.6}, **options).design
+    same = stratified_sample(map_path, 200, **options).design
+    assert sure.strata[0].n_units < same.strata[0].n_units
+    assert sure.strata[1].n_units > same.strata[1].n_units
 
 
 def test_rows_are_in_random_order(map_path: Path) -> None:
@@ -233,6 +247,8 @@ def test_strata_raster_may_differ_from_the_map(map_path: Path, tmp_path: Path) -
     row, col = sample.points["row"].to_numpy(), sample.points["col"].to_numpy()
     assert (strata[row, col] == sample.points["stratum"]).all()
     assert (_class_map()[row, col] == sample.points["map_code"]).all()
+    assert (sample.points["map_code"] > 0).all()
+    assert row.max() >= 57  # the last rows are reached although 200 of their pixels are invalid
     assert sample.design.strata[0].n_pixels == 28 * 80
     assert sample.design.not_covered_pixels == 160 + 200
     wrong = _write(tmp_path / "wrong.tif", strata[:50])

@@ -325,3 +325,23 @@ def test_sample_kind_round_trip_and_systematic_note() -> None:
     sample = ReferenceSample.from_matrix([[8, 2], [1, 9]], [1, 2], SampleKind.SYSTEMATIC)
     report = estimate_accuracy(sample, Strata.from_pixels({1: 50, 2: 50}, 1.0), classes=[1, 2])
     assert any("systematic" in note for note in report.notes)
+
+
+def test_more_units_than_pixels_and_broken_columns_are_refused() -> None:
+    kind = SampleKind.STRATIFIED_RANDOM
+    sample = ReferenceSample.from_matrix([[8, 2], [1, 9]], [1, 2], kind)
+    with pytest.raises(DesignError, match="10 units but 5 pixels"):
+        estimate_accuracy(sample, Strata.from_pixels({1: 5, 2: 50}, 1.0), classes=[1, 2])
+    with pytest.raises(DesignError, match="legend"):
+        estimate_accuracy(sample, Strata.from_pixels({1: 50, 2: 50}, 1.0), classes=[1, 1])
+    with pytest.raises(DesignError, match="2 codes, 1 pixel counts"):
+        Strata((1, 2), (10,), (1.0,))
+    one = np.array([1, 1])
+    with pytest.raises(DesignError, match="one length"):
+        ReferenceSample(one, one[:1], one, kind)
+    with pytest.raises(DesignError, match="not positive"):
+        ReferenceSample(one, one, one, kind, np.array([1.0, 0.0]))
+    with pytest.raises(DesignError, match="1 of 2"):
+        ReferenceSample(one, one, np.array([1, None], dtype=object), kind)  # type: ignore[arg-type]
+    with pytest.raises(DesignError, match="not codes"):
+        ReferenceSample(one, one, np.array([1, "maize"], dtype=object), kind)  # type: ignore[arg-type]

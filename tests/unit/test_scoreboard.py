@@ -52,7 +52,7 @@ def test_mask_f1_has_no_tolerance() -> None:
 
 def test_shift_error_ignores_the_common_offset_but_not_the_sign() -> None:
     true = np.array([[0.5, -1.0], [-0.3, 0.2], [1.1, 0.4], [0.0, -0.6]])
-    assert shift_rmse_px(true + [3.0, -2.0], true) == pytest.approx(0, abs=1e-12)
+    assert shift_rmse_px(true + np.array([3.0, -2.0]), true) == pytest.approx(0, abs=1e-12)
     assert shift_rmse_px(-true, true) > 1
     noise = np.array([[0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]])
     assert shift_rmse_px(true + noise, true) == pytest.approx(0.1)
@@ -98,12 +98,8 @@ def test_height_scores() -> None:
 
 
 def test_areas_inside_ci() -> None:
-    sample = ReferenceSample.from_matrix(
-        [[40, 10], [5, 45]], [1, 2], SampleKind.STRATIFIED_RANDOM
-    )
-    report = estimate_accuracy(
-        sample, Strata.from_pixels({1: 1000, 2: 3000}, 1e4), classes=[1, 2]
-    )
+    sample = ReferenceSample.from_matrix([[40, 10], [5, 45]], [1, 2], SampleKind.STRATIFIED_RANDOM)
+    report = estimate_accuracy(sample, Strata.from_pixels({1: 1000, 2: 3000}, 1e4), classes=[1, 2])
     value = report.area_ha[1].value
     assert value == pytest.approx(1000 * 0.8 + 3000 * 0.1)
     assert areas_inside_ci(report, {1: value + 1, 2: 4000 - value}) == (2, 2)

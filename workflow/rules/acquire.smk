@@ -37,7 +37,7 @@ if CAMPAIGN.archive.kind == "simulated":
             mem_mb=mem_mb(4000),
             runtime=minutes(30),
         params:
-            keys=keys("archive"),
+            config=keys("archive"),
             code=code_digest("acquire.simulate"),
         message:
             "Simulate a region with known truth behind a STAC catalogue"
@@ -62,7 +62,7 @@ if building("scenes"):
             mem_mb=mem_mb(1000),
             runtime=minutes(20),
         params:
-            keys=keys("aoi", "grid.crs", "sources", "cube.periods"),
+            config=keys("aoi", "grid.crs", "sources", "cube.periods"),
             code=code_digest("acquire.lock"),
         message:
             "Search the catalogues and lock the items"

@@ -17,7 +17,7 @@ if CAMPAIGN.sample:
             mem_mb=mem_mb(2000),
             runtime=minutes(30),
         params:
-            keys=keys("sample", "seed", "tasks"),
+            config=keys("sample", "seed", "tasks"),
             code=code_digest("assess.run"),
         message:
             "Draw the probability sample from the map"
@@ -42,7 +42,7 @@ rule estimate_areas:
         mem_mb=mem_mb(2000),
         runtime=minutes(30),
     params:
-        keys=keys("sample", "tasks"),
+        config=keys("sample", "tasks"),
         code=code_digest("assess.run"),
     message:
         "Estimate the areas"
@@ -71,7 +71,7 @@ if CAMPAIGN.archive.kind == "simulated":
             mem_mb=mem_mb(4000),
             runtime=minutes(30),
         params:
-            keys=keys("tasks", "grid"),
+            config=keys("tasks", "grid"),
             code=code_digest("assess.rehearsal"),
         message:
             "Compare every stage with the simulated truth"

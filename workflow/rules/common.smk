@@ -21,8 +21,8 @@ MILESTONES = PLAN.milestones
 
 
 wildcard_constraints:
-    batch=r"b\d{4,}",
-    part=r"p\d{3,}",
+    batch=r"b\d+",
+    part=r"p\d+",
     fold=r"\d+",
 
 

@@ -5,7 +5,7 @@ if building("chips"):
         input:
             PLAN.label_files,
         output:
-            folds="results/chips/folds.geojson",
+            folds="results/chips/folds.gpkg",
             report="results/chips/labels.json",
         log:
             "logs/align_labels.log",
@@ -16,7 +16,7 @@ if building("chips"):
             mem_mb=mem_mb(2000),
             runtime=minutes(30),
         params:
-            keys=keys("aoi", "grid", "tasks", "folds", "seed"),
+            config=keys("aoi", "grid", "tasks", "folds", "seed"),
             code=code_digest("labels.chips"),
         message:
             "Read and align the labels, divide them into spatial folds"
@@ -25,7 +25,7 @@ if building("chips"):
 
     rule cut_chips:
         input:
-            folds="results/chips/folds.geojson",
+            folds="results/chips/folds.gpkg",
             labels=PLAN.label_files,
             cubes=expand("work/cube/{batch}.json", batch=BATCHES),
         output:
@@ -40,7 +40,7 @@ if building("chips"):
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            keys=keys("aoi", "grid", "tasks", "folds", "chips", "seed"),
+            config=keys("aoi", "grid", "tasks", "folds", "chips", "seed"),
             code=code_digest("labels.chips", "preprocess.cube"),
         message:
             "Cut the training chips"

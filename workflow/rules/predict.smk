@@ -15,7 +15,7 @@ rule predict_tiles:
         mem_mb=mem_mb(3000),
         runtime=minutes(240),
     params:
-        keys=keys("aoi", "grid", "tasks", "predict"),
+        config=keys("aoi", "grid", "tasks", "predict"),
         code=code_digest("predict.engine"),
     message:
         "Predict the tiles of {wildcards.batch}"
@@ -39,7 +39,7 @@ rule mosaic_products:
         mem_mb=mem_mb(2000),
         runtime=minutes(120),
     params:
-        keys=keys("name", "aoi", "grid", "tasks", "cube"),
+        config=keys("name", "aoi", "grid", "tasks", "cube"),
         code=code_digest("predict.products"),
     message:
         "Join the tiles into cloud-optimised products"

@@ -1,9 +1,31 @@
 # From items to cubes: masks, shifts, one composite per period and tile.
 if building("scenes"):
 
+    rule verify_items:
+        input:
+            lock="results/scenes/items.json",
+        output:
+            "results/scenes/verified.json",
+        log:
+            "logs/verify_items.log",
+        benchmark:
+            "benchmarks/verify_items.tsv"
+        threads: 1
+        resources:
+            mem_mb=mem_mb(1000),
+            runtime=minutes(60),
+        params:
+            config=keys("scenes.on_bad_item", "scenes.max_failed_pct"),
+            code=code_digest("acquire.assets"),
+        message:
+            "Check every asset against its record"
+        shell:
+            "terraloom verify-items --campaign work/campaign.yaml > {log} 2>&1"
+
     rule mask_scenes:
         input:
-            items="results/scenes/items.json",
+            lock="results/scenes/items.json",
+            verified="results/scenes/verified.json",
         output:
             "results/scenes/masks/{part}.json",
         log:
@@ -15,7 +37,7 @@ if building("scenes"):
             mem_mb=mem_mb(2500),
             runtime=minutes(60),
         params:
-            keys=keys("aoi", "grid", "masks", "scenes"),
+            config=keys("aoi", "grid.crs", "masks", "scenes.jobs"),
             code=code_digest("preprocess.scenes"),
         message:
             "Mask clouds, shadows and snow of scenes, {wildcards.part}"
@@ -25,7 +47,7 @@ if building("scenes"):
 
     rule measure_shifts:
         input:
-            items="results/scenes/items.json",
+            lock="results/scenes/items.json",
             masks=expand("results/scenes/masks/{part}.json", part=PARTS),
         output:
             "results/scenes/shifts.json",
@@ -38,7 +60,7 @@ if building("scenes"):
             mem_mb=mem_mb(2500),
             runtime=minutes(60),
         params:
-            keys=keys("aoi", "grid", "coregister", "scenes"),
+            config=keys("aoi", "grid.crs", "coregister", "scenes"),
             code=code_digest("preprocess.shifts"),
         message:
             "Measure the sub-pixel shifts between scenes"
@@ -47,8 +69,9 @@ if building("scenes"):
 
     rule audit_scenes:
         input:
-            items="results/scenes/items.json",
+            lock="results/scenes/items.json",
             masks=expand("results/scenes/masks/{part}.json", part=PARTS),
+            verified="results/scenes/verified.json",
             shifts="results/scenes/shifts.json",
         output:
             quality="results/scenes/quality.csv",
@@ -62,7 +85,7 @@ if building("scenes"):
             mem_mb=mem_mb(1000),
             runtime=minutes(10),
         params:
-            keys=keys("scenes"),
+            config=keys("aoi", "scenes"),
             code=code_digest("preprocess.audit"),
         message:
             "Write the quality table of the scenes"
@@ -73,7 +96,7 @@ if building("scenes"):
 # The cube is an intermediate in work/, so it is rebuilt from frozen scenes too.
 rule build_cube:
     input:
-        items="results/scenes/items.json",
+        lock="results/scenes/items.json",
         quality="results/scenes/quality.csv",
         shifts="results/scenes/shifts.json",
         masks=expand("results/scenes/masks/{part}.json", part=PARTS),
@@ -88,7 +111,7 @@ rule build_cube:
         mem_mb=mem_mb(2000),
         runtime=minutes(120),
     params:
-        keys=keys("aoi", "grid", "sources", "cube"),
+        config=keys("aoi", "grid", "sources", "cube"),
         code=code_digest("preprocess.cube"),
     message:
         "Build the cubes of the tiles of {wildcards.batch}"

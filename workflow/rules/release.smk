@@ -14,7 +14,7 @@ rule catalogue_products:
         mem_mb=mem_mb(1000),
         runtime=minutes(10),
     params:
-        keys=keys("name", "title", "tasks", "cube", "sources"),
+        config=keys("name", "title", "tasks", "cube", "sources"),
         code=code_digest("report.catalogue"),
     message:
         "Write the STAC catalogue of the products"
@@ -44,7 +44,7 @@ rule build_report:
         mem_mb=mem_mb(2000),
         runtime=minutes(20),
     params:
-        keys=keys("name", "title"),
+        config=keys("name", "title"),
         code=code_digest("report.page"),
     message:
         "Write the report"

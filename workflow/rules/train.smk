@@ -15,7 +15,7 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(240),
         params:
-            keys=keys("tasks", "model", "seed", "folds.count"),
+            config=keys("tasks", "model", "seed", "folds.count"),
             code=code_digest("train.run"),
         message:
             "Train the members that do not see fold {wildcards.fold}"
@@ -37,7 +37,7 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            keys=keys("tasks", "seed", "folds.count", "model.baseline"),
+            config=keys("tasks", "seed", "folds.count", "model.baseline"),
             code=code_digest("train.baseline", "train.run"),
         message:
             "Fit the per-pixel random forest on the same folds"
@@ -64,7 +64,7 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            keys=keys("tasks", "seed", "folds.count", "model.members"),
+            config=keys("tasks", "seed", "folds.count", "model.members"),
             code=code_digest("train.run"),
         message:
             "Calibrate the ensemble on folds that did not train, and score it there"

@@ -42,12 +42,15 @@ def read_band(
             coarser pixels, and always ``nearest`` for ``SCL`` unless ``mode`` is asked for.
 
     Returns:
-        (H, W) float32: reflectance (0-1), backscatter (dB), metres or class codes; NaN where the
-        pixel is missing or outside the raster.
+        (H, W) float32: reflectance (0-1), backscatter (dB), metres; NaN where the pixel is missing
+        or outside the raster, and everywhere for a band that the source has but this item came
+        without (the lock says so under ``why``). ``SCL``: class codes, 0 where missing.
 
     Raises:
-        SceneError: The item lacks the band, or the asset is missing or damaged.
+        SceneError: The source has no such band, or the asset is missing or damaged.
     """
+    if band not in item["assets"] and band in load_source(item["source"]).bands:
+        return np.full(geobox.shape, np.nan, np.float32)
     asset = _asset(item, band)
     try:
         nodata = _own_nodata(asset["href"]) if asset["nodata"] is None else asset["nodata"]
@@ -63,7 +66,8 @@ def read_band(
         # Warped as power, which is what adds up; decibels only afterwards.
         missing |= ~(values > 0)
         values = 10 * np.log10(np.where(missing, 1, values), dtype=np.float32)
-    values[missing] = np.nan
+    # Classes have a code of their own for no data; everything else is NaN.
+    values[missing] = 0 if band == "SCL" else np.nan
     return values
 
 

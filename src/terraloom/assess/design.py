@@ -439,7 +439,8 @@ def _points(
     units: I64, design: SampleDesign, areas: PixelAreas, geobox: GeoBox
 ) -> gpd.GeoDataFrame:
     row, col, stratum, mapped = units.T
-    x, y = geobox.affine * (col + 0.5, row + 0.5)
+    a, right, down = geobox.affine, col + 0.5, row + 0.5
+    x, y = a.a * right + a.b * down + a.c, a.d * right + a.e * down + a.f
     prob = {s.code: s.inclusion_prob for s in design.strata}
     width = max(5, len(str(len(units))))
     return gpd.GeoDataFrame(

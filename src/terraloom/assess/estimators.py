@@ -67,10 +67,7 @@ class Estimate:
     def normal(cls, value: float, se: float, z: float) -> Estimate:
         """Normal interval of a proportion, clipped to 0-1."""
         half = z * se
-        lower, upper = (max(0.0, value - half), min(1.0, value + half))
-        if not (isfinite(value) and isfinite(se)):
-            lower = upper = nan
-        return cls(value, se, lower, upper, half)
+        return cls(value, se, max(0.0, value - half), min(1.0, value + half), half)
 
     def scaled(self, factor: float) -> Estimate:
         """The same estimate in another unit (for example share times total hectares)."""
@@ -84,7 +81,9 @@ class Estimate:
 
     def contains(self, truth: float) -> bool:
         """Whether the interval covers `truth`; False when undefined."""
-        return self.lower <= truth <= self.upper
+        # An exact estimate (se 0) must not miss its truth by the last bit of a sum.
+        slack = 1e-9 * abs(truth)
+        return self.lower - slack <= truth <= self.upper + slack
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-able form, NaN as null."""
@@ -202,12 +201,8 @@ def estimate_accuracy(
     # One pass for all linear quantities and one for all ratios: the strata are looped over once.
     agree = both.sum(axis=1, keepdims=True)
     linear = design.means(np.hstack([agree, in_ref, in_map, pairs]), z)
-    overall, share, mapped, cells = (
-        linear[0],
-        linear[1 : 1 + k],
-        linear[1 + k : 1 + 2 * k],
-        linear[1 + 2 * k :],
-    )
+    overall, share, mapped = linear[0], linear[1 : 1 + k], linear[1 + k : 1 + 2 * k]
+    cells = linear[1 + 2 * k :]
     ratios = design.ratios(
         np.hstack([both, both, 2 * both]), np.hstack([in_map, in_ref, in_map + in_ref]), z
     )

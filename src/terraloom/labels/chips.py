@@ -39,6 +39,8 @@ NO_FOLD = 255
 #: A fixed time stamp keeps GeoPackages byte-identical.
 _GPKG_TIME = "2000-01-01T00:00:00Z"
 _LAYER = "labels"
+#: Chips in one piece of the store: a few megabytes, and few entries in the zip file.
+_CHIPS_PER_CHUNK = 8
 
 log = get_logger(__name__)
 
@@ -363,12 +365,13 @@ def _dataset(
             res = 10 * _factor(name)
             dims = ("n", f"channel_{name[2:]}", f"y_{res}", f"x_{res}")
         values = np.stack([c[name] for c in chips])
-        # One chip is one piece of the store, so that chips can be read one by one.
-        data[name] = xr.Variable(dims, values, encoding={"chunks": (1, *values.shape[1:])})
+        chunks = (min(_CHIPS_PER_CHUNK, len(values)), *values.shape[1:])
+        data[name] = xr.Variable(dims, values, encoding={"chunks": chunks})
     coords: dict[str, Any] = {
         k: ("n", np.array([c[k] for c in chips], dtype=np.int64)) for k in ("row", "col")
     }
-    coords |= {f"channel_{g}": names for g, names in channels.items()}
+    # As objects they become zarr's own string type; numpy's fixed width is not in its standard.
+    coords |= {f"channel_{g}": np.array(names, dtype=object) for g, names in channels.items()}
     attrs = geobox_record(grid.geobox) | {
         "size_px": campaign.chips.size_px,
         "folds": campaign.folds.count,

@@ -35,7 +35,7 @@ __all__ = ["FoldMap", "assign_folds", "audit_folds", "overlap_groups"]
 #: Overlaps up to this area are rounding of coordinates along a shared edge, square metres.
 OVERLAP_TOLERANCE_M2 = 1.0
 #: Work of the search for balanced folds: blocks x restarts.
-_SEARCH_STEPS = 20_000
+_SEARCH_STEPS = 8_000
 
 Counts = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -67,7 +67,7 @@ class FoldMap:
         rows, cols = window_of(geobox, self.geobox)
         r = np.arange(rows.start, rows.stop) // self.block_px
         c = np.arange(cols.start, cols.stop) // self.block_px
-        return (r[:, None] * self.shape[1] + c).astype(np.int32)
+        return np.asarray(r[:, None] * self.shape[1] + c, dtype=np.int32)
 
     def folds(self, geobox: GeoBox) -> npt.NDArray[np.uint8]:
         """Fold of the block of each pixel, (H, W)."""
@@ -155,7 +155,7 @@ def assign_folds(
 def _blocks_of(labels: gpd.GeoDataFrame, geobox: GeoBox, block_px: int) -> Ints:
     """Block of each label: of its own representative point, or of its group's largest block."""
     points = labels.representative_point()
-    col, row = ~geobox.affine * (points.x.to_numpy(), points.y.to_numpy())
+    col, row = ~geobox.affine @ (points.x.to_numpy(), points.y.to_numpy())
     h, w = geobox.shape
     # Parcels across the AOI's edge are not clipped; their point may lie just outside the grid.
     r = np.clip(np.floor(row), 0, h - 1).astype(np.int64) // block_px

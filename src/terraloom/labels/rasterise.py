@@ -47,9 +47,7 @@ class Burned(NamedTuple):
     conflict: npt.NDArray[np.bool_]
 
 
-def burn(
-    labels: gpd.GeoDataFrame, geobox: GeoBox, *, kind: TaskKind, erode_m: float = 0
-) -> Burned:
+def burn(labels: gpd.GeoDataFrame, geobox: GeoBox, *, kind: TaskKind, erode_m: float = 0) -> Burned:
     """Burn labels into pixels.
 
     A pixel takes the polygon its centre lies in; a point goes to the pixel it lies in. Where
@@ -157,7 +155,7 @@ def _average_points(
 ) -> None:
     """Write the mean of the points of each pixel into ``value`` and the first one's row."""
     parts, of = shapely.get_parts(shapes, return_index=True)
-    col, row = ~geobox.affine * (shapely.get_x(parts), shapely.get_y(parts))
+    col, row = ~geobox.affine @ (shapely.get_x(parts), shapely.get_y(parts))
     r, c = np.floor(row).astype(int), np.floor(col).astype(int)
     h, w = geobox.shape
     inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
@@ -166,7 +164,9 @@ def _average_points(
     np.add.at(total, (r, c), values[of])
     np.add.at(count, (r, c), 1)
     value[count > 0] = total[count > 0] / count[count > 0]
-    index[r[::-1], c[::-1]] = rows[of][::-1]
+    first = np.full((h, w), np.iinfo(np.int32).max, dtype=np.int32)
+    np.minimum.at(first, (r, c), rows[of].astype(np.int32))
+    index[count > 0] = first[count > 0]
 
 
 def _edges(shapes: npt.NDArray[np.object_], rows: npt.NDArray[np.intp], padded: GeoBox) -> Burned:

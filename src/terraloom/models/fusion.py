@@ -171,16 +171,13 @@ class FusionNet(nn.Module):
             self.register_buffer(f"std_{g}", torch.tensor(norm.std).view(1, -1, 1, 1))
         w = spec.widths
         c10, c20, c60 = (self._features(f) for f in (1, 2, 6))
-        self.stem10 = _Block(max(c10, 1), w[0], 3)
-        self.stem20 = _Block(c20, w[1], 1) if c20 else None
-        self.stem60 = _Block(c60, w[0], 1) if c60 else None
+        c10 = max(c10, 1)
+        self.stem10 = _Block(c10, w[0], 3)
         self.down = nn.ModuleList()
         self.encode = nn.ModuleList()
         for level in range(1, spec.depth):
             self.down.append(_Block(w[level - 1], w[level], 2, stride=2))
-            c_in = w[level]
-            if level == 1:
-                c_in += (w[1] if c20 else 0) + (w[0] if c60 else 0)
+            c_in = w[level] + 2 * c10 + c20 + c60
             blocks = [_Block(c_in if i == 0 else w[level], w[level], 3) for i in range(spec.convs)]
             self.encode.append(nn.Sequential(*blocks))
         self.lift = nn.ModuleList(_Block(w[i + 1], w[i], 1) for i in range(spec.depth - 1))
@@ -316,17 +313,21 @@ class FusionNet(nn.Module):
     def trunk(self, x: Mapping[int, Tensor]) -> Tensor:
         """Shared features (N, width, h, w) at 10 m of prepared inputs."""
         skips = [self.stem10(x[1])]
-        for level, (down, encode) in enumerate(zip(self.down, self.encode, strict=True), 1):
-            f = down(skips[-1])
-            if level == 1:
-                more = [f]
-                if self.stem20 is not None:
-                    more.append(self.stem20(x[2]))
-                if self.stem60 is not None:
-                    coarse = self.stem60(x[6])
-                    more.append(F.interpolate(coarse, scale_factor=3, mode="nearest-exact"))
-                f = torch.cat(more, 1) if len(more) > 1 else f
-            skips.append(encode(f))
+        mean, square, rest = x[1], x[1] ** 2, None
+        coarse = [x[2]] if 2 in x else []
+        if 6 in x:
+            coarse.append(F.interpolate(x[6], scale_factor=3, mode="nearest-exact"))
+        for down, encode in zip(self.down, self.encode, strict=True):
+            # Local mean and spread of the inputs enter every level: a short training need not
+            # first learn to average noise away or to measure texture.
+            mean, square = F.avg_pool2d(mean, 2), F.avg_pool2d(square, 2)
+            spread = (square - mean**2).clamp_min(_EPS**2).sqrt()
+            if rest is not None:
+                rest = F.avg_pool2d(rest, 2)
+            elif coarse:
+                rest = torch.cat(coarse, 1)
+            parts = [down(skips[-1]), mean, spread]
+            skips.append(encode(torch.cat(parts if rest is None else [*parts, rest], 1)))
         f = skips[-1]
         for level in reversed(range(self.spec.depth - 1)):
             up = F.interpolate(self.lift[level](f), scale_factor=2, mode="nearest-exact")

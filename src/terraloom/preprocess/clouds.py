@@ -178,9 +178,12 @@ def _spectral(bands: Bands) -> F32:
     haze = haze_index(blue, red)
     floor = np.minimum(np.minimum(blue, green), red)
     # Clear levels: at most those of top-of-atmosphere reflectance under a clear sky.
-    haze_lift = haze - _low(haze, 10.0, 0.10)
+    rise = haze - _low(haze, 10.0, 0.10)
     floor_lift = floor - _low(floor, 10.0, 0.10)
-    logit = 60.0 * haze_lift + 25.0 * np.minimum(floor_lift, 0.4) - 4.0
+    # Bright soil raises the darkest band as well, but not the haze index; where the blue band
+    # saturates the index fails, and brightness must do.
+    hazy = np.where(floor > 0.25, 1.0, np.clip((rise - 0.006) / 0.01, 0.0, 1.0))
+    logit = 60.0 * rise + 30.0 * np.clip(floor_lift, 0.0, 0.4) * hazy - 3.3
     if "B10" in bands:
         # Only high clouds return light at 1.375 um; dry air lets some ground through.
         cirrus = np.asarray(bands["B10"])
@@ -249,10 +252,11 @@ def clear_background(
         days: (T,) day numbers; with ``exclude`` only the ``nearest`` dates are used, because
             vegetation changes over the year.
         nearest: Number of dates then used.
-        min_dates: Fewer valid dates than this give NaN.
+        min_dates: With fewer valid dates the 30th percentile of all dates with data stands in:
+            a spot that looks cloudy on most dates is more likely a bright roof.
 
     Returns:
-        (H, W) float32, NaN unknown.
+        (H, W) float32, NaN where no date has data.
     """
     index = np.arange(stack.shape[0])
     if exclude is not None:
@@ -261,7 +265,20 @@ def clear_background(
             order = np.argsort(np.abs(np.asarray(days)[index] - days[exclude]), kind="stable")
             index = np.sort(index[order[:nearest]])
     values = np.where(invalid[index], np.nan, stack[index]).astype(np.float32)
-    return _nanmedian(values, min_dates)
+    median = _nanmedian(values, min_dates)
+    lacking = ~np.isfinite(median)
+    if lacking.any():
+        median[lacking] = _low_rank(stack[:, lacking].astype(np.float32))
+    return median
+
+
+def _low_rank(values: F32) -> F32:
+    """30th percentile over the first axis without NaN: clear where up to 70 % are cloudy."""
+    ordered = np.sort(values, axis=0)  # NaN last
+    n = np.isfinite(ordered).sum(axis=0)
+    rank = np.floor(0.3 * np.maximum(n - 1, 0)).astype(np.intp)
+    out: F32 = np.take_along_axis(ordered, rank[None], 0)[0]
+    return out
 
 
 def _nanmedian(values: F32, min_dates: int) -> F32:
@@ -311,11 +328,8 @@ def temporal_cloud(
     index = blue if red is None else haze_index(blue, red)
     usable = np.isfinite(index) if invalid is None else np.isfinite(index) & ~invalid
     values = np.where(usable, index, np.nan).astype(np.float32)
-    ordered = np.sort(values, axis=0)
     n = usable.sum(axis=0)
-    rank = np.floor(0.3 * np.maximum(n - 1, 0)).astype(np.intp)
-    reference = np.take_along_axis(ordered, rank[None], 0)[0]
-    lift = values - reference
+    lift = values - _low_rank(values)
     offset = np.array([np.clip(_low(x, 10.0, 0.02), -0.03, 0.02) for x in lift])
     with np.errstate(invalid="ignore"):
         cloud: BoolArray = (lift - offset[:, None, None] > threshold) & (n >= MIN_DATES)

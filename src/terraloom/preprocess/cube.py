@@ -1,7 +1,7 @@
 """The cube: a tile's harmonised stack, one masked composite per period at native resolutions.
 
-Optical bands are masked medians of reflectance, SAR bands means of linear power, static layers
-(elevation) are read once. Every band is resampled at most once: shift, reprojection and
+Optical bands are masked medians of reflectance, SAR bands means of linear power kept as decibels,
+static layers (elevation) are read once. Every band is resampled at most once: shift, reprojection and
 resolution change are one warp, and bands that lie on the tile's lattice are not resampled at all.
 """
 
@@ -23,12 +23,14 @@ from terraloom.acquire.assets import read_band
 from terraloom.acquire.sources import load_source
 from terraloom.config.campaign import Campaign, Composite
 from terraloom.grid import CampaignGrid, Tile, coarsen
-from terraloom.io import digest_json, read_store, read_window, write_store
+from terraloom.io import digest_json, read_store, read_window, sha256, write_store
 from terraloom.log import get_logger
 from terraloom.preprocess.coregister import Shift, shifted_geobox
 from terraloom.preprocess.reasons import INVALID, Reason
 
 __all__ = [
+    "MASK_OUTSIDE",
+    "MASK_RESOLUTION_M",
     "Scene",
     "build_tile",
     "channel_names",
@@ -42,10 +44,10 @@ Bits = npt.NDArray[np.uint8]
 
 #: Masks are made at this resolution, metres: the finest that has all bands a mask needs.
 MASK_RESOLUTION_M = 20
+#: Value of a mask raster outside its strip; all reason bits at once never occur.
+MASK_OUTSIDE = 255
 #: Reflectance is stored as uint16 with this step; -0.1 .. 6.45 fits, 65535 is missing.
 _SCALE, _OFFSET, _FILL = 1e-4, -0.1, 65535
-#: Smallest linear power that is turned into decibel (-40 dB).
-_POWER_FLOOR = 1e-4
 
 log = get_logger(__name__)
 
@@ -56,13 +58,13 @@ class Scene:
 
     Attributes:
         item: Record of the item lock.
-        mask: Raster of reasons in the frame of the scene as delivered; None where the source
-            needs no mask (SAR, elevation).
+        masks: Rasters of reasons (strips of the AOI) and this scene's band in them, in the frame
+            of the scene as delivered; empty where the source needs no mask (SAR, elevation).
         shift: How far the content lies off, 10 m pixels.
     """
 
     item: Mapping[str, Any]
-    mask: Path | None
+    masks: tuple[tuple[Path, int], ...]
     shift: Shift | None
 
     @property
@@ -77,7 +79,7 @@ def period_of(day: date, periods: Sequence[Composite]) -> str | None:
 
 
 def _placed(geobox: GeoBox, scene: Scene) -> GeoBox:
-    return geobox if scene.shift is None else shifted_geobox(geobox, scene.shift)
+    return geobox if scene.shift is None else shifted_geobox(geobox, scene.shift, pixel_m=10)
 
 
 def mask_on(geobox: GeoBox, scene: Scene) -> Bits:
@@ -86,20 +88,29 @@ def mask_on(geobox: GeoBox, scene: Scene) -> Bits:
     The mask has 20 m pixels; a 60 m pixel takes every reason found in its nine parts, since one
     cloudy part spoils the whole pixel's reflectance.
     """
-    if scene.mask is None:
+    if not scene.masks:
         return np.zeros(geobox.shape, np.uint8)
     res = round(geobox.resolution.x)
     if res <= MASK_RESOLUTION_M:
-        bits: Bits = read_window(scene.mask, _placed(geobox, scene)).astype(np.uint8)
-        return bits
+        return _joined(scene, _placed(geobox, scene))
     factor = res // MASK_RESOLUTION_M
     h, w = geobox.shape
     fine_box = GeoBox(
         (h * factor, w * factor), geobox.affine * geobox.affine.scale(1 / factor), geobox.crs
     )
-    fine = read_window(scene.mask, _placed(fine_box, scene)).astype(np.uint8)
+    fine = _joined(scene, _placed(fine_box, scene))
     parts = fine.reshape(h, factor, w, factor)
     return np.bitwise_or.reduce(np.bitwise_or.reduce(parts, axis=3), axis=1)
+
+
+def _joined(scene: Scene, geobox: GeoBox) -> Bits:
+    """Strips of a mask joined on a geobox; outside all strips there is no data."""
+    out = np.full(geobox.shape, np.uint8(Reason.NODATA))
+    for path, band in scene.masks:
+        part = read_window(path, geobox, band=band)
+        seen = part != MASK_OUTSIDE
+        out[seen] = part[seen]
+    return out
 
 
 def _median(stack: Float) -> Float:
@@ -116,8 +127,16 @@ def _mean(stack: Float) -> Float:
         return np.nanmean(stack, axis=0).astype(np.float32)
 
 
+def _mean_db(stack: Float) -> Float:
+    """Mean of decibels, taken in linear power: averaging decibels is biased by speckle."""
+    return 10 * np.log10(_mean(10 ** (stack / 10)))
+
+
+_REDUCE = {"optical": _median, "sar": _mean_db, "dem": _mean}
+
+
 def _composite(
-    scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, *, sar: bool
+    scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, kind: str
 ) -> Float:
     """(B, H, W) composite of the scenes of one period; NaN where no scene is clear."""
     out = np.full((len(bands), *geobox.shape), np.nan, np.float32)
@@ -128,7 +147,7 @@ def _composite(
         stack = np.stack([read_band(s.item, band, _placed(geobox, s)) for s in scenes])
         for t, ok in enumerate(clear):
             stack[t][~ok] = np.nan
-        out[b] = _mean(stack) if sar else _median(stack)
+        out[b] = _REDUCE[kind](stack)
     return out
 
 
@@ -181,7 +200,7 @@ def build_tile(
             code, tile.name, tile.geobox.affine[:6], list(tile.geobox.shape), str(tile.geobox.crs),
             [s.model_dump(mode="json") for s in campaign.sources],
             campaign.cube.model_dump(mode="json"),
-            [(s.item["assets"], str(s.item["datetime"]), _mask_digest(s),
+            [(s.item["assets"], str(s.item["datetime"]), [sha256(m) for m, _ in s.masks],
               None if s.shift is None else (s.shift.dy_px, s.shift.dx_px)) for s in scenes],
         ]
     )  # fmt: skip
@@ -196,12 +215,6 @@ def build_tile(
     return {"path": path.as_posix(), "digest": digest, "clear_pct": dataset.attrs["clear_pct"]}
 
 
-def _mask_digest(scene: Scene) -> str | None:
-    from terraloom.io import sha256
-
-    return None if scene.mask is None else sha256(scene.mask)
-
-
 def _assemble(
     tile: Tile, grid: CampaignGrid, campaign: Campaign, scenes: Sequence[Scene]
 ) -> xr.Dataset:
@@ -211,7 +224,7 @@ def _assemble(
     for scene in scenes:
         by_source.setdefault(str(scene.item["source"]), []).append(scene)
     data: dict[str, Any] = {}
-    optical = [s for s in scenes if s.mask is not None]
+    optical = [s for s in scenes if s.masks]
     counts = np.zeros((len(periods), *tile.geobox.shape), np.uint8)
     for p, period in enumerate(names):
         for scene in (s for s in optical if period_of(s.day, periods) == period):
@@ -221,14 +234,14 @@ def _assemble(
         geobox = coarsen(tile.geobox, res // round(grid.resolution_m))
         dims = (f"band_{group}", f"y_{res}", f"x_{res}")
         if kind == "dem":
-            values = _composite(by_source.get(source, []), bands, geobox, sar=True)
+            values = _composite(by_source.get(source, []), bands, geobox, kind)
             data[group] = (dims, values)
             continue
         mine = by_source.get(source, [])
         stack = [
             _composite(
                 [s for s in mine if period_of(s.day, periods) == period],
-                bands, geobox, sar=kind == "sar",
+                bands, geobox, kind,
             )
             for period in names
         ]  # fmt: skip
@@ -277,17 +290,11 @@ def _dataset(
 
 
 def cube_inputs(dataset: xr.Dataset) -> dict[str, Float]:
-    """Inputs of the networks: per group (C, h, w) float32, C = periods x bands, NaN = missing.
-
-    SAR power becomes decibel here, after all averaging was done in linear power.
-    """
+    """Inputs of the networks: per group (C, h, w) float32, C = periods x bands, NaN = missing."""
     inputs: dict[str, Float] = {}
     for group in _input_groups(dataset):
         values = dataset[group].to_numpy().astype(np.float32)
-        values = values.reshape(-1, *values.shape[-2:])
-        if group.startswith("s1"):
-            values = 10 * np.log10(np.maximum(values, _POWER_FLOOR))
-        inputs[group] = values
+        inputs[group] = values.reshape(-1, *values.shape[-2:])
     return inputs
 
 

@@ -80,7 +80,9 @@ _LEAST_LIFT = 0.003
 #: Darkness (0-1) of ground in shadow: against the surroundings, and against its own clear sky.
 _DARK, _DARK_TEMPORAL = 0.35, 0.30
 #: Darkness of ground whose cloud would lie beyond the picture's border.
-_DARK_BORDER, _DARK_BORDER_TEMPORAL = 0.55, 0.45
+_DARK_BORDER = 0.55
+#: Darkness against its own clear sky of ground whose cloud may be anywhere towards the sun.
+_DARK_SWATH_TEMPORAL = 0.45
 
 
 def dilate(mask: BoolArray, distance_m: float, resolution_m: float) -> BoolArray:
@@ -215,17 +217,27 @@ def _cloud_and_snow(
     if background is None or not {"B02", "B04"} <= set(background):
         cloud = _hysteresis(_average(spectral, _AVERAGE_M, resolution_m), threshold, sure)
         return _no_specks(cloud & ~snow, resolution_m), snow
-    lift = _average(
-        haze_lift(bands, background).astype(np.float32), _AVERAGE_TEMPORAL_M, resolution_m
-    )
     snowy = snow | _part_snow(bands, background)
-    with np.errstate(over="ignore", invalid="ignore"):
-        temporal = 1.0 / (1.0 + np.exp(-np.clip(150.0 * (lift - 0.022), -30.0, 30.0)))
-    known = np.isfinite(lift)
-    probability = np.where(known, temporal, _average(spectral, _AVERAGE_M, resolution_m))
+    lift = np.where(snowy, np.nan, haze_lift(bands, background)).astype(np.float32)
+    lift = _average(lift, _AVERAGE_TEMPORAL_M, resolution_m)
+    single = _average(spectral, _AVERAGE_M, resolution_m)
+    temporal = _with_background(lift, _average(spectral, _AVERAGE_TEMPORAL_M, resolution_m))
+    probability = np.where(np.isfinite(lift), temporal, single)
     probability = np.where(snowy, 0.0, probability).astype(np.float32)
     cloud = _hysteresis(probability, threshold, sure)
     return _no_specks(cloud, resolution_m), snow
+
+
+def _with_background(lift: F32, spectral: F32) -> F32:
+    """Probability of cloud from the rise over the pixel's own clear sky and the single date.
+
+    A rise of the haze index by 0.035 alone, or by less where the spectrum looks cloudy too.
+    """
+    # Bounded: a white roof must not become cloud without standing out in time.
+    odds = np.clip(spectral, 0.05, 0.8)
+    logit = 80.0 * (lift - 0.032) + 0.7 * np.log(odds / (1.0 - odds))
+    out: F32 = (1.0 / (1.0 + np.exp(-np.clip(logit, -30.0, 30.0)))).astype(np.float32)
+    return out
 
 
 def _part_snow(bands: Bands, background: Bands) -> BoolArray:
@@ -346,16 +358,20 @@ def _shade(
         cloud, dark, valid=valid, water=water, sun_azimuth_deg=sun[0], sun_elevation_deg=sun[1],
         resolution_m=resolution_m,
         dark_threshold=_DARK_TEMPORAL if temporal else _DARK,
-        border_threshold=_DARK_BORDER_TEMPORAL if temporal else _DARK_BORDER,
+        border_threshold=None if temporal else _DARK_BORDER,
+        swath_threshold=_DARK_SWATH_TEMPORAL if temporal else None,
     )  # fmt: skip
     return result.mask & ~snow
 
 
 def _season(band: npt.NDArray[Any], usual: npt.NDArray[Any], clear: BoolArray) -> float:
-    """Upper-half ratio of today's clear ground to the usual: season and light, not shadow."""
+    """Ratio of today's clear ground to the usual: season and light, not shadow.
+
+    The upper quartile, because under broken clouds half of the clear ground may lie in shadow.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = (band / usual)[clear & np.isfinite(usual) & (usual > 0.02)]
-    return float(np.clip(np.median(ratio), 0.8, 1.25)) if ratio.size > 100 else 1.0
+    return float(np.clip(np.percentile(ratio, 75), 0.8, 1.1)) if ratio.size > 100 else 1.0
 
 
 # --- many dates ------------------------------------------------------------------------------
@@ -406,8 +422,14 @@ def mask_series(
         return masks
     stacks = {b: np.stack([np.asarray(s[b], dtype=np.float32) for s in scenes]) for b in names}
     when = None if days is None else np.asarray(days, dtype=float)
+    invalid = np.stack(masks) & np.uint8(int(INVALID)) != 0
+    if {"B02", "B04"} <= set(names):
+        # Bright roofs and sand look like cloud on every single date, but never stand out.
+        changed = temporal_cloud(stacks["B02"], stacks["B04"], threshold=0.015)
+        others = INVALID & ~(Reason.CLOUD | Reason.CLOUD_EDGE)
+        steady = np.stack(masks) & np.uint8(int(others)) == 0
+        invalid &= changed | ~steady
     for _ in range(passes):
-        invalid = np.stack(masks) & np.uint8(int(INVALID)) != 0
         masks = [
             one(
                 i,
@@ -415,4 +437,5 @@ def mask_series(
             )
             for i in range(len(scenes))
         ]
+        invalid = np.stack(masks) & np.uint8(int(INVALID)) != 0
     return masks

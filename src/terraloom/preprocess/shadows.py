@@ -261,6 +261,8 @@ def cast_shadow(
     resolution_m: float,
     dark_threshold: float = 0.35,
     border_threshold: float | None = None,
+    border_least_m2: float = 100_000.0,
+    swath_threshold: float | None = None,
     buffer_m: float = 60.0,
     height_tolerance: float = 0.15,
     water_dark: BoolArray | None = None,
@@ -280,6 +282,10 @@ def cast_shadow(
         dark_threshold: Darkness from which ground counts as dark.
         border_threshold: Darkness from which ground is shadow although its cloud would lie beyond
             the border of the picture; None: such ground stays clear.
+        swath_threshold: Darkness from which ground is shadow wherever any cloud, or the border,
+            lies towards the sun, at any height: for darkness against the pixel's own clear sky,
+            which needs no height to be convincing.
+        border_least_m2: Least size of such ground, unless it continues a shadow.
         buffer_m: Slack around the projected clouds.
         height_tolerance: Relative slack of the height: depth and thickness of clouds.
         water_dark: (H, W) bool, water known to be in shadow (darker than its own clear-sky
@@ -305,8 +311,12 @@ def cast_shadow(
     objects = _objects(labels, int(count), resolution_m)
     scene = _scene_scores(matcher, objects, heights)
     height, agreement = _best(scene, heights)
+    anywhere = empty
+    if swath_threshold is not None:
+        swath = _swath(cloud, east_m, north_m, resolution_m)
+        anywhere = _tidy(swath & (dark >= swath_threshold) & ground & ~water, resolution_m)
     if not math.isfinite(height) or agreement <= 0.0:
-        return ShadowResult(empty, math.nan, max(agreement, 0.0))
+        return ShadowResult(anywhere, math.nan, max(agreement, 0.0))
     band = _project_all(
         cloud, labels, objects, matcher, heights, height, height_tolerance
     )
@@ -314,12 +324,12 @@ def cast_shadow(
     dark_ground = (dark >= dark_threshold) & ~water
     if water_dark is not None:
         dark_ground |= water & water_dark
-    dark_ground &= reach
+    mask = _tidy(dark_ground & reach & ground, resolution_m)
     if border_threshold is not None:
         outside = _source_outside(cloud.shape, *matcher.offset(height))
-        dark_ground |= outside & (dark >= border_threshold) & ~water
-    mask = _tidy(dark_ground & ground, resolution_m)
-    return ShadowResult(mask & ground, height, agreement)
+        dim = outside & (dark >= border_threshold) & ground & ~water
+        mask |= _large_or_touching(dim, mask, border_least_m2, resolution_m)
+    return ShadowResult((mask | anywhere) & ground, height, agreement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +396,34 @@ def _project_all(
     return band
 
 
+def _swath(
+    cloud: BoolArray, east_m: float, north_m: float, resolution_m: float, cell_m: float = 200.0
+) -> BoolArray:
+    """Ground with a cloud, or the border, towards the sun at any height of the range.
+
+    Works on cells of about ``cell_m``: the swath is wide and its exact edge does not matter.
+    """
+    factor = max(1, round(cell_m / resolution_m))
+    rows, cols = (-(-n // factor) for n in cloud.shape)
+    padded = np.zeros((rows * factor, cols * factor), dtype=bool)
+    padded[: cloud.shape[0], : cloud.shape[1]] = cloud
+    cells = padded.reshape(rows, factor, cols, factor).any(axis=(1, 3))
+    y, x = np.indices(cells.shape)
+    out = np.zeros(cells.shape, dtype=bool)
+    length = math.hypot(east_m, north_m)
+    step_m = factor * resolution_m / max(length, 1e-6)
+    for height in np.arange(HEIGHT_RANGE_M[0], HEIGHT_RANGE_M[1] + step_m, step_m):
+        scale = height / (factor * resolution_m)
+        r, c = y + round(north_m * scale), x - round(east_m * scale)
+        inside = (r >= 0) & (r < rows) & (c >= 0) & (c < cols)
+        out |= np.where(inside, cells[np.clip(r, 0, rows - 1), np.clip(c, 0, cols - 1)], True)
+        if out.all():
+            break
+    wide = np.kron(ndimage.binary_dilation(out), np.ones((factor, factor), dtype=bool))
+    swath: BoolArray = wide[: cloud.shape[0], : cloud.shape[1]]
+    return swath
+
+
 def _source_outside(shape: tuple[int, ...], dr: int, dc: int) -> BoolArray:
     """Ground whose cloud, one displacement back towards the sun, lies beyond the border."""
     rows = np.arange(shape[0]) - dr
@@ -411,6 +449,18 @@ def _stamp(
         r, c = rows + dr, cols + dc
         inside = (r >= 0) & (r < band.shape[0]) & (c >= 0) & (c < band.shape[1])
         band[r[inside], c[inside]] = True
+
+
+def _large_or_touching(
+    extra: BoolArray, mask: BoolArray, least_m2: float, resolution_m: float
+) -> BoolArray:
+    """Patches of ``extra`` that are large, or continue ``mask``."""
+    labels, count = ndimage.label(_tidy(extra, resolution_m), structure=np.ones((3, 3)))
+    keep = np.bincount(labels.ravel(), minlength=count + 1) * resolution_m**2 >= least_m2
+    keep[np.unique(labels[ndimage.binary_dilation(mask)])] = True
+    keep[0] = False
+    kept: BoolArray = keep[labels]
+    return kept
 
 
 def _tidy(mask: BoolArray, resolution_m: float) -> BoolArray:

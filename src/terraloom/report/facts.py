@@ -74,7 +74,9 @@ def tabulate(raw: Any, title: str = "", *, depth: int = 0) -> list[Table]:
     if isinstance(raw, list):
         if raw and all(isinstance(r, Mapping) for r in raw):
             return [_rows_table(title, [(None, r) for r in raw])]
-        return [Table(title, [], [[_cell(r)] for r in raw])] if raw else []
+        # A long list (such as the fold of every block) is data for programs, not for readers.
+        shown = [[_cell(r)] for r in raw] if len(raw) <= 12 else [[f"{len(raw)} values"]]
+        return [Table(title, [], shown)] if raw else []
     if not isinstance(raw, Mapping):
         return [Table(title, [], [[_cell(raw)]])]
     plain = {k: v for k, v in raw.items() if _is_plain(v)}
@@ -111,8 +113,7 @@ def _rows_table(title: str, rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> Ta
     named = any(name is not None for name, _ in rows)
     columns = ([""] if named else []) + [label(k) for k in keys]
     cells = [
-        ([str(name)] if named else []) + [_cell(row.get(k, "")) for k in keys]
-        for name, row in rows
+        ([str(name)] if named else []) + [_cell(row.get(k, "")) for k in keys] for name, row in rows
     ]
     return Table(title, columns, cells)
 
@@ -316,10 +317,13 @@ def areas(legend: Sequence[Mapping[str, Any]], accuracy: Any, scoreboard: Any) -
     for key in ("kind", "n_units", "total_area_ha"):
         if key in accuracy and key not in facts:
             facts[key] = accuracy[key]
-    notes = [str(n) for n in accuracy.get("notes") or []]
+    inner = accuracy.get("report")
+    notes = accuracy.get("notes") or (inner.get("notes") if isinstance(inner, Mapping) else None)
     level = interval(accuracy.get("level", 0.95)).value
     texts = [[label(k), _cell(v)] for k, v in facts.items() if _is_plain(v)]
-    return Areas(rows, any(r.estimate.known for r in rows), oa, level, texts, notes)
+    return Areas(
+        rows, any(r.estimate.known for r in rows), oa, level, texts, [str(n) for n in notes or []]
+    )
 
 
 def _per_class(accuracy: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -401,7 +405,7 @@ def scenes(
                 str(row.get("datetime") or item.get("datetime") or "")[:10], decision == "use",
                 str(row.get("why") or item.get("why") or ""),
                 interval(row.get("clear_pct")).value, interval(row.get("cloud_pct")).value,
-                interval(row.get("shadow_pct")).value, shift.replace("-", "−"),
+                interval(row.get("shadow_pct")).value, shift.replace("-", "\u2212"),
             )
         )  # fmt: skip
     return rows

@@ -297,13 +297,12 @@ def _rows(axes: Axes, names: Sequence[str]) -> npt.NDArray[np.float64]:
     return y
 
 
-def _whisker(axes: Axes, y: float, value: Interval, color: str, scale: float, **dot: Any) -> None:
+def _whisker(axes: Axes, y: float, value: Interval, color: str, scale: float) -> None:
     if value.has_range:
         ends = [scale * value.low, scale * value.high]
         axes.plot(ends, [y, y], color=color, lw=2.2, alpha=0.55, solid_capstyle="round")
     if value.known:
-        style = {"ms": 6.2, "marker": "o", "mec": "white", "mew": 0.9} | dot
-        axes.plot([scale * value.value], [y], color=color, ls="", **style)
+        axes.plot([scale * value.value], [y], "o", color=color, ms=6.2, mec="white", mew=0.9)
 
 
 def skill_chart(names: Sequence[str], measures: Mapping[str, Sequence[Interval]]) -> Picture:
@@ -431,8 +430,9 @@ def area_chart(
     return _finish(figure, "Area per class; the table has the numbers")
 
 
-def folds_chart(rings: Sequence[tuple[int, npt.NDArray[np.float64]]],
-                bounds: tuple[float, float, float, float]) -> tuple[Picture, dict[int, str]]:  # fmt: skip
+def folds_chart(
+    rings: Sequence[tuple[int, npt.NDArray[np.float64]]], bounds: tuple[float, float, float, float]
+) -> tuple[Picture, dict[int, str]]:
     """Label polygons coloured by the fold that they are held out in.
 
     Args:

@@ -10,7 +10,10 @@ from typing import Any
 __all__ = ["MISSING", "Interval", "day", "hectares", "interval", "number", "percent", "whole"]
 
 #: What stands where a quantity is undefined (for example the recall of a class never seen).
-MISSING = "–"
+MISSING = "\u2013"
+_MONTHS = (
+    "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+)  # fmt: skip
 _THIN = "\u202f"  # narrow no-break space: groups digits without looking like a decimal mark
 
 
@@ -121,9 +124,8 @@ def _grouped(x: float, digits: int) -> str:
 
 def day(text: Any) -> str:
     """An ISO date or time as ``4 May 2023``; unreadable text is passed through."""
-    months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
     raw = str(text or "")
     parts = raw[:10].split("-")
     if len(parts) != 3 or not all(p.isdigit() for p in parts) or not 1 <= int(parts[1]) <= 12:
         return raw
-    return f"{int(parts[2])} {months[int(parts[1]) - 1]} {parts[0]}"
+    return f"{int(parts[2])} {_MONTHS[int(parts[1]) - 1]} {parts[0]}"

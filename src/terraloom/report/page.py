@@ -94,8 +94,8 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
     rows = facts.scenes(items, provenance.optional_csv(root / "scenes" / "quality.csv"))
     coverage = panels.coverage(root, record)
     context: dict[str, Any] = {
-        "style": Markup((_HERE / "templates" / "style.css").read_text(encoding="utf-8")),  # noqa: S704  our own
-        "script": Markup(_SCRIPT),  # noqa: S704  our own constant
+        "style": Markup((_HERE / "templates" / "style.css").read_text(encoding="utf-8")),
+        "script": Markup(_SCRIPT),
         "script_hash": base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
         "campaign": campaign,
         "simulated": simulated,
@@ -110,7 +110,8 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
         "charts": _skill_charts(skill, root),
         "scenes": rows,
         "coverage": coverage,
-        "labels": panels.labels(root, record),
+        "labels": panels.labels(root, record, campaign.land_cover.name),
+        "suspects": scores.suspects(skill.raw.get("suspects")),
         "scoreboard": scores.scoreboard(scoreboard) if scoreboard else None,
         "made": _made(root, campaign, config_path, record, rows),
     }
@@ -227,5 +228,7 @@ def _made(
         "scenes": [r.id for r in rows if r.used],
         "tasks": "; ".join(kinds),
         "networks": campaign.folds.count * campaign.model.members,
-        "periods": [(p.name, formats.day(p.start), formats.day(p.end)) for p in campaign.cube.periods],
+        "periods": [
+            (p.name, formats.day(p.start), formats.day(p.end)) for p in campaign.cube.periods
+        ],
     }

@@ -1,4 +1,4 @@
-"""Sections of the page that need rasters or vectors: the map, its doubt, layers, coverage, folds."""
+"""Sections of the page that need rasters or vectors: map, doubt, layers, coverage, folds."""
 
 from __future__ import annotations
 
@@ -77,8 +77,9 @@ def place(record: Mapping[str, Any], *, simulated: bool = False) -> Place:
     geobox = geobox_from_record(dict(record))
     crs = CRS.from_user_input(str(geobox.crs))
     h, w = geobox.shape
+    b = geobox.boundingbox
     to_deg = Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
-    lon, lat = to_deg.transform(*(geobox.affine * (w / 2, h / 2)))
+    lon, lat = to_deg.transform((b.left + b.right) / 2, (b.bottom + b.top) / 2)
     step = float(abs(geobox.affine.a))
     ns, ew = ("N" if lat >= 0 else "S"), ("E" if lon >= 0 else "W")
     where = f"around {abs(lat):.3f}° {ns}, {abs(lon):.3f}° {ew}"
@@ -104,15 +105,17 @@ def map_panel(root: Path, record: Mapping[str, Any], where: Place) -> dict[str, 
     )
     image = root / "map" / "image.tif"
     text, share = where.scale_bar()
-    most = max((formats.interval(e.get("share_pct")).value for e in legend), default=math.nan)
+    shares = [formats.interval(e.get("share_pct")).value for e in legend]
+    shares = [s if math.isfinite(s) else 0.0 for s in shares]
+    most = max(shares, default=0.0)
     return {
         "classes": classes,
         "image": figures.image_picture(image, "Satellite image of the last period")
         if image.is_file() else None,
         "period": str(record.get("image_period") or ""),
         "legend": [
-            {**e, "bar": 100 * formats.interval(e.get("share_pct")).value / most if most else 0}
-            for e in legend
+            {**e, "share": s / 100, "bar": 100 * s / most if most else 0.0}
+            for e, s in zip(legend, shares, strict=True)
         ],
         "bar_text": text,
         "bar_pct": 100 * share,
@@ -168,7 +171,13 @@ def task_layers(root: Path, campaign: Campaign) -> list[dict[str, Any]]:
                 ("standard deviation, from data and model together", task.unit, spread),
             ]
         layers.extend(
-            {"title": title, "caption": c, "unit": u, "scalar": s, "median": task.kind is TaskKind.REGRESSION}
+            {
+                "title": title,
+                "caption": c,
+                "unit": u,
+                "scalar": s,
+                "median": task.kind is TaskKind.REGRESSION,
+            }
             for c, u, s in parts
             if s is not None
         )
@@ -216,28 +225,30 @@ def coverage(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def labels(root: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+def labels(root: Path, record: Mapping[str, Any], task: str) -> dict[str, Any] | None:
     """What happened to the labels, and where the folds lie."""
     tasks, tables = scores.label_tasks(provenance.optional_json(root / "chips" / "labels.json"))
-    folds = _folds(root / "chips" / "folds.gpkg", geobox_from_record(record["geobox"]))
+    folds = _folds(root / "chips" / "folds.gpkg", geobox_from_record(record["geobox"]), task)
     if not tables and not tasks and folds is None:
         return None
     return {"tasks": tasks, "tables": tables, "folds": folds}
 
 
-def _folds(path: Path, geobox: GeoBox) -> dict[str, Any] | None:
+def _folds(path: Path, geobox: GeoBox, task: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     import geopandas as gpd
 
     frame = gpd.read_file(path)
+    if "task" in frame:
+        frame = frame[frame["task"] == task]
     if "fold" not in frame or frame.empty:
         return None
-    if frame.crs is not None:
+    if frame.crs is not None and CRS.from_user_input(str(geobox.crs)) != frame.crs:
         frame = frame.to_crs(str(geobox.crs))
     rings: list[tuple[int, npt.NDArray[np.float64]]] = []
     for geometry, fold in zip(frame.geometry, frame["fold"], strict=True):
-        if geometry is None or geometry.is_empty or not fold == fold:
+        if geometry is None or geometry.is_empty or fold is None or math.isnan(fold):
             continue
         for part in getattr(geometry, "geoms", [geometry]):
             outline = part.exterior if part.geom_type == "Polygon" else part.buffer(15).exterior

@@ -71,7 +71,9 @@ def need(record: Any, key: str, where: Path) -> Any:
     """
     if not isinstance(record, dict) or key not in record:
         raise StateError(
-            f"the key `{key}` is missing", where=where.as_posix(), fix="run the stage that writes it"
+            f"the key `{key}` is missing",
+            where=where.as_posix(),
+            fix="rerun the stage that writes it",
         )
     return record[key]
 

@@ -10,7 +10,7 @@ from typing import Any
 from terraloom.report.facts import Table, label, tabulate
 from terraloom.report.formats import interval, number, percent, whole
 
-__all__ = ["LabelTask", "ScoreRow", "label_tasks", "scoreboard"]
+__all__ = ["LabelTask", "ScoreRow", "label_tasks", "scoreboard", "suspects"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,30 @@ class LabelTask:
     classes: Table | None
 
 
+def suspects(raw: Any, most: int = 12) -> tuple[int, Table] | None:
+    """Labels that the held-out predictions contradict, the surest first.
+
+    Args:
+        raw: ``suspects`` of ``held_out.json``: label_id, class, likely, p_class, p_likely.
+        most: Rows shown.
+
+    Returns:
+        How many there are, and a table of the first ``most``; None where none were looked for.
+    """
+    if not isinstance(raw, list) or not all(isinstance(s, Mapping) for s in raw):
+        return None
+    order = sorted(raw, key=lambda s: -interval(s.get("p_likely")).value)
+    rows = [
+        [
+            whole(s.get("label_id")), str(s.get("class", "")), percent(s.get("p_class"), 0),
+            str(s.get("likely", "")), percent(s.get("p_likely"), 0),
+        ]
+        for s in order[:most]
+    ]  # fmt: skip
+    columns = ["Row of the label file", "Label says", "Model gives it", "Model says", "Gives it"]
+    return len(raw), Table("", columns, rows)
+
+
 _DROP_WORDS = {
     "no_value": "without a value",
     "drop": "left out on purpose",
@@ -54,9 +78,15 @@ def label_tasks(raw: Any) -> tuple[list[LabelTask], list[Table]]:
 
     A task's report is a mapping with the key ``dropped``, wherever it stands.
     """
-    found = list(_reports(raw))
+    found = sorted(_reports(raw), key=lambda pair: "classes" not in pair[1])  # the map first
     tasks = [_task(name, report) for name, report in found]
-    return tasks, tabulate(_without(raw, [id(r) for _, r in found]))
+    rest = _without(raw, [id(r) for _, r in found])
+    if isinstance(rest, Mapping):
+        rest = {k: v for k, v in rest.items() if k not in ("campaign", "classes")}
+        folds = rest.get("folds")
+        if isinstance(folds, Mapping):
+            rest["folds"] = {k: v for k, v in folds.items() if k != "fold_of_block"}
+    return tasks, tabulate(rest)
 
 
 def _reports(raw: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -89,11 +119,12 @@ def _task(name: str, report: Mapping[str, Any]) -> LabelTask:
     share = interval(kept).value / interval(rows).value if interval(rows).value else math.nan
     dropped = sorted(report["dropped"].items(), key=lambda kv: (-interval(kv[1]).value, kv[0]))
     skip = {"task", "dropped", "classes", "kept", "used", "rows", "read", "pixels"}
-    single = {k: v for k, v in report.items() if k not in skip and not isinstance(v, Mapping)}
+    flat = report | (report["erosion"] if isinstance(report.get("erosion"), Mapping) else {})
+    single = {k: v for k, v in flat.items() if k not in skip and not isinstance(v, Mapping)}
     per_class = report.get("classes") or report.get("pixels")
     tables = tabulate(per_class) if isinstance(per_class, Mapping) else []
     return LabelTask(
-        label(name),
+        label(name.replace("-", "_")),
         whole(kept),
         whole(rows),
         share,

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pystac
+import shapely
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 from shapely import set_precision, union_all
 from shapely.geometry import box, mapping, shape
 from shapely.geometry.base import BaseGeometry
-from shapely.ops import transform
 
 from terraloom.io import sha256
 
@@ -73,7 +74,9 @@ def lonlat_box(geobox: GeoBox, inset_m: float = 0.0) -> BaseGeometry:
     outline = box(b.left + inset_m, b.bottom + inset_m, b.right - inset_m, b.top - inset_m)
     dense = outline.segmentize((b.right - b.left) / 20)
     to_deg = Transformer.from_crs(str(geobox.crs), "EPSG:4326", always_xy=True)
-    degrees: BaseGeometry = transform(to_deg.transform, dense)
+    degrees: BaseGeometry = shapely.transform(
+        dense, lambda xy: np.column_stack(to_deg.transform(*xy.T))
+    )
     return degrees
 
 

@@ -92,8 +92,9 @@ def _world(land: Landscape) -> list[float]:
 def _aoi(land: Landscape) -> Polygon:
     h, w = land.geobox.shape
     m = WORK_MARGIN_PX
-    (x0, y1), (x1, y0) = land.geobox.affine * (m, m), land.geobox.affine * (w - m, h - m)
-    return box(x0, y0, x1, y1)
+    t = land.geobox.affine
+    x0, y1 = t.c + m * t.a, t.f + m * t.e
+    return box(x0, y1 + (h - 2 * m) * t.e, x0 + (w - 2 * m) * t.a, y1)
 
 
 def _outlines(land: Landscape) -> dict[int, BaseGeometry]:
@@ -146,7 +147,7 @@ def _choose(
     members: dict[int, list[int]] = defaultdict(list)
     for i in geometry:
         members[int(land.parcels.block[i])].append(i)
-    target = max(1, round(len(eligible) * sim.label_share_pct / 100))
+    target = max(1, round(len(geometry) * sim.label_share_pct / 100))
     complete: set[int] = set()
     chosen: set[int] = set()
     for block in _spread_blocks(land, rng):

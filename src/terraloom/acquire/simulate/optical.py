@@ -186,8 +186,8 @@ def optical_scenes(sim: Simulation, land: Landscape) -> list[Scene]:
 
 
 def _center(land: Landscape) -> tuple[float, float]:
-    h, w = land.geobox.shape
-    x, y = land.geobox.affine * (w / 2, h / 2)
+    b = land.geobox.boundingbox
+    x, y = (b.left + b.right) / 2, (b.bottom + b.top) / 2
     lon, lat = Transformer.from_crs(str(land.geobox.crs), "EPSG:4326", always_xy=True).transform(
         x, y
     )

@@ -1,0 +1,451 @@
+"""Sub-pixel shifts between scenes, estimated on arrays and applied as an offset of the one warp.
+
+Sign: a :class:`Shift` says how the CONTENT of a scene lies relative to the reference, ``dy_px``
+down (south) and ``dx_px`` right (east), in pixels of the arrays compared. Content that lies too
+far right is read from a window further right: :func:`shifted_geobox` adds the shift to the geobox
+to read with, and the result lies on the reference. Nothing is resampled a second time.
+
+Method: phase correlation (Kuglin and Hines 1975) on a grid of windows, refined by a
+matrix-multiply DFT around the peak (Guizar-Sicairos, Thurman and Fienup 2008, Optics Letters 33,
+156-158, also behind ``skimage.registration.phase_cross_correlation``), then a weighted median over
+windows with rejection by the median absolute deviation. Written here rather than called because
+the peak's height and a spectral weight are needed: whitening gives noise at high frequencies the
+same say as content, and a masked call of scikit-image returns whole pixels only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from odc.geo.geobox import GeoBox
+from scipy import ndimage
+
+from terraloom.errors import SceneError
+
+__all__ = [
+    "Shift",
+    "apply_shift",
+    "estimate_shift",
+    "phase_shift",
+    "shifted_geobox",
+    "solve_shifts",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating]
+
+#: Share of a window that must be valid in both images.
+_MIN_VALID = 0.6
+#: Peak of a window's correlation over the spread of its surface; below this it says nothing.
+_MIN_PEAK = 6.0
+#: Spread of the spectral weight, cycles per pixel: most content of a scene lies below.
+_SPECTRAL_SIGMA = 0.18
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Position of a scene's content relative to the reference.
+
+    Attributes:
+        dy_px: Downwards (south), pixels; NaN when it could not be told.
+        dx_px: To the right (east), pixels.
+        reliability: 0-1; share of the windows that agree with the result, 0 when unknown.
+        residual_px: Robust spread (1.4826 MAD) of the agreeing windows about the result.
+        n_windows: Windows that agree.
+    """
+
+    dy_px: float
+    dx_px: float
+    reliability: float
+    residual_px: float
+    n_windows: int
+
+    @property
+    def known(self) -> bool:
+        """Whether a shift was found."""
+        return math.isfinite(self.dy_px) and math.isfinite(self.dx_px)
+
+
+_UNKNOWN = Shift(math.nan, math.nan, 0.0, math.nan, 0)
+
+
+def phase_shift(
+    reference: FloatArray,
+    moving: FloatArray,
+    *,
+    max_shift_px: float,
+    upsample: int = 100,
+    spectral_sigma: float | None = None,
+) -> tuple[float, float, float]:
+    """Shift of one pair of windows without missing values, by phase correlation.
+
+    Args:
+        reference: (H, W), already tapered towards its edges.
+        moving: (H, W), likewise.
+        max_shift_px: Only peaks within this distance are looked at.
+        upsample: Steps per pixel of the refinement.
+        spectral_sigma: Width of the Gaussian weight of frequencies, cycles per pixel; None: all
+            frequencies count alike, as in scikit-image.
+
+    Returns:
+        Down and right shift of the content of ``moving``, pixels, and the peak's height over the
+        spread of the surface.
+    """
+    height, width = reference.shape
+    cross = np.fft.fft2(moving) * np.conj(np.fft.fft2(reference))
+    size = np.abs(cross)
+    spectrum = cross / np.maximum(size, 1e-12 * max(float(size.max()), 1e-300))
+    fy, fx = np.fft.fftfreq(height), np.fft.fftfreq(width)
+    if spectral_sigma is not None:
+        radius2 = fy[:, None] ** 2 + fx[None, :] ** 2
+        spectrum = spectrum * np.exp(-0.5 * radius2 / spectral_sigma**2)
+    surface = np.fft.ifft2(spectrum).real
+    rows, cols = np.fft.fftfreq(height, 1.0 / height), np.fft.fftfreq(width, 1.0 / width)
+    reach = max(max_shift_px, 1.0)
+    near = (np.abs(rows) <= reach)[:, None] & (np.abs(cols) <= reach)[None, :]
+    peak = int(np.argmax(np.where(near, surface, -np.inf)))
+    y, x = float(rows[peak // width]), float(cols[peak % width])
+    quality = (float(surface.flat[peak]) - float(surface.mean())) / max(
+        float(surface.std()), 1e-12
+    )
+    if upsample > 1:
+        y, x = _refine(spectrum, fy, fx, y, x, upsample)
+    return y, x, quality
+
+
+def _refine(
+    spectrum: npt.NDArray[np.complexfloating],
+    fy: FloatArray,
+    fx: FloatArray,
+    y: float,
+    x: float,
+    upsample: int,
+) -> tuple[float, float]:
+    """Peak of the surface on a grid of 1/upsample within 1 pixel of (y, x), coarse then fine."""
+    for step in sorted({1.0 / min(upsample, 10), 1.0 / upsample}, reverse=True):
+        half = 1.0 if step > 1.0 / upsample or upsample <= 10 else 0.15
+        offsets = np.arange(-round(half / step), round(half / step) + 1) * step
+        left = np.exp(2j * np.pi * np.outer(y + offsets, fy))
+        right = np.exp(2j * np.pi * np.outer(fx, x + offsets))
+        fine = (left @ spectrum @ right).real
+        i, j = np.unravel_index(int(np.argmax(fine)), fine.shape)
+        y, x = y + float(offsets[i]), x + float(offsets[j])
+    return y, x
+
+
+def _structure(image: FloatArray, valid: BoolArray) -> FloatArray:
+    """Gradient magnitude, 0 near invalid pixels: edges stay when crops turn from dark to bright."""
+    filled = _fill(image, valid)
+    gradient = np.hypot(
+        ndimage.gaussian_filter(filled, 0.7, order=(1, 0)),
+        ndimage.gaussian_filter(filled, 0.7, order=(0, 1)),
+    )
+    inner = ndimage.binary_erosion(valid, iterations=3, border_value=1)
+    scale = float(np.median(gradient[inner])) if inner.any() else 0.0
+    # Compressed, so that a few strong edges (a shore) do not decide alone.
+    out = np.log1p(gradient / scale) if scale > 0 else gradient
+    soft = ndimage.uniform_filter(inner.astype(np.float64), 5) * inner
+    level = float(out[inner].mean()) if inner.any() else 0.0
+    structure: FloatArray = (out - level) * soft
+    return structure
+
+
+def _fill(image: FloatArray, valid: BoolArray) -> FloatArray:
+    """Invalid pixels take the value of the nearest valid one."""
+    if valid.all():
+        return image.astype(np.float64)
+    if not valid.any():
+        return np.zeros(image.shape)
+    index = ndimage.distance_transform_edt(
+        ~valid, return_distances=False, return_indices=True
+    )
+    filled: FloatArray = image[tuple(index)].astype(np.float64)
+    return filled
+
+
+def _window_starts(length: int, size: int) -> list[int]:
+    if length <= size:
+        return [0]
+    n = max(2, math.ceil((length - size) / (size / 2)) + 1)
+    return sorted({round(i * (length - size) / (n - 1)) for i in range(n)})
+
+
+def estimate_shift(
+    reference: FloatArray,
+    moving: FloatArray,
+    valid: BoolArray | None = None,
+    *,
+    max_shift_px: float = 3.0,
+    upsample: int = 100,
+    window_px: int = 192,
+    iterations: int = 2,
+    gradient: bool = True,
+) -> Shift:
+    """Shift of a scene's content relative to a reference on the same grid.
+
+    Args:
+        reference: (H, W) or (B, H, W) reflectance, NaN invalid; each band gives its own windows.
+        moving: Same shape.
+        valid: (H, W) bool, pixels that are clear in both; NaN is invalid anyway.
+        max_shift_px: Larger shifts are not looked for; a result beyond it is unknown.
+        upsample: Steps per pixel.
+        window_px: Size of the windows; they overlap by half.
+        iterations: Passes; from the second on ``moving`` is put back by the estimate and the rest
+            is measured, which takes away the pull towards whole pixels.
+        gradient: Compare gradient magnitudes, for scenes of different seasons; False compares
+            reflectance.
+
+    Returns:
+        Down and right shift of the content of ``moving``; unknown (NaN, reliability 0) when too
+        few windows are clear or agree.
+
+    Raises:
+        SceneError: Shapes differ.
+    """
+    ref, mov = np.atleast_3d(reference), np.atleast_3d(moving)
+    if reference.ndim == 2:
+        ref, mov = reference[None], moving[None]
+    if ref.shape != mov.shape:
+        raise SceneError(f"reference {ref.shape} and scene {mov.shape} differ in shape")
+    finite = np.isfinite(ref).all(axis=0) & np.isfinite(mov).all(axis=0)
+    usable = finite if valid is None else finite & valid
+    total = (0.0, 0.0)
+    result = _UNKNOWN
+    for k in range(max(1, iterations)):
+        moved = mov if k == 0 else np.stack([_put_back(b, usable, total) for b in mov])
+        pairs = [
+            (_structure(a, usable), _structure(b, usable))
+            if gradient
+            else (_centred(a, usable), _centred(b, usable))
+            for a, b in zip(ref, moved, strict=True)
+        ]
+        step = _combine(_measure(pairs, usable, window_px, max_shift_px, upsample))
+        if not step.known:
+            return _UNKNOWN if k == 0 else result
+        total = (total[0] + step.dy_px, total[1] + step.dx_px)
+        result = replace(step, dy_px=total[0], dx_px=total[1])
+    if math.hypot(*total) > max_shift_px:
+        return _UNKNOWN
+    return result
+
+
+def _put_back(band: FloatArray, valid: BoolArray, shift: tuple[float, float]) -> FloatArray:
+    moved: FloatArray = apply_shift(_fill(band, valid), (-shift[0], -shift[1]))
+    return moved
+
+
+def apply_shift(image: FloatArray, shift: tuple[float, float]) -> FloatArray:
+    """Move the content of an image (down, right) by cubic interpolation; for measuring only.
+
+    Products are never resampled by this: their shift goes into the one warp.
+    """
+    moved: FloatArray = ndimage.shift(image, shift, order=3, mode="nearest")
+    return moved
+
+
+def _centred(image: FloatArray, valid: BoolArray) -> FloatArray:
+    level = float(image[valid].mean()) if valid.any() else 0.0
+    centred: FloatArray = np.where(valid, image - level, 0.0)
+    return centred
+
+
+def _measure(
+    pairs: Sequence[tuple[FloatArray, FloatArray]],
+    usable: BoolArray,
+    window_px: int,
+    max_shift_px: float,
+    upsample: int,
+) -> npt.NDArray[np.float64]:
+    """(N, 4): down, right, peak height, valid share of each usable window and band."""
+    height, width = usable.shape
+    size_y, size_x = min(window_px, height), min(window_px, width)
+    taper = np.outer(np.hanning(size_y + 2)[1:-1], np.hanning(size_x + 2)[1:-1])
+    found = []
+    for top in _window_starts(height, size_y):
+        for left in _window_starts(width, size_x):
+            window = (slice(top, top + size_y), slice(left, left + size_x))
+            # Weighted by the taper: what lies in the corners hardly counts anyway.
+            share = float((usable[window] * taper).sum() / taper.sum())
+            if share < _MIN_VALID:
+                continue
+            for ref, mov in pairs:
+                if not (ref[window].any() and mov[window].any()):
+                    continue
+                y, x, peak = phase_shift(
+                    ref[window] * taper, mov[window] * taper, max_shift_px=max_shift_px,
+                    upsample=upsample, spectral_sigma=_SPECTRAL_SIGMA,
+                )  # fmt: skip
+                found.append((y, x, peak, share))
+    return np.array(found, dtype=np.float64).reshape(-1, 4)
+
+
+def _weighted_median(values: FloatArray, weights: FloatArray) -> float:
+    order = np.argsort(values, kind="stable")
+    cumulative = np.cumsum(weights[order])
+    return float(np.interp(0.5 * cumulative[-1], cumulative - 0.5 * weights[order], values[order]))
+
+
+def _combine(windows: npt.NDArray[np.float64]) -> Shift:
+    """Weighted median of the windows after rejection of low peaks and of outliers."""
+    good = windows[windows[:, 2] >= _MIN_PEAK]
+    if len(good) == 0:
+        return _UNKNOWN
+    keep = np.ones(len(good), dtype=bool)
+    centre = (0.0, 0.0)
+    for _ in range(3):
+        weights = good[keep, 2] * good[keep, 3]
+        centre = (
+            _weighted_median(good[keep, 0], weights),
+            _weighted_median(good[keep, 1], weights),
+        )
+        distance = np.hypot(good[:, 0] - centre[0], good[:, 1] - centre[1])
+        spread = 1.4826 * float(np.median(distance[keep]))
+        # The floor keeps windows that agree within the noise of a good match.
+        keep = distance <= max(3.0 * spread, 0.15)
+        if not keep.any():
+            return _UNKNOWN
+    distance = np.hypot(good[keep, 0] - centre[0], good[keep, 1] - centre[1])
+    agree = float(keep.sum()) / len(windows)
+    residual = 1.4826 * float(np.median(distance))
+    # One window has nobody to agree with: its peak must speak for it.
+    if len(good) == 1 and good[0, 2] < 2.0 * _MIN_PEAK:
+        return _UNKNOWN
+    return Shift(centre[0], centre[1], agree, residual, int(keep.sum()))
+
+
+# --- many scenes -----------------------------------------------------------------------------
+
+
+def solve_shifts(
+    images: Sequence[FloatArray],
+    valid: Sequence[BoolArray],
+    *,
+    reference: FloatArray | None = None,
+    max_shift_px: float = 3.0,
+    rounds: int = 2,
+    window_px: int = 192,
+) -> list[Shift]:
+    """Shifts of all scenes of one grid in one frame.
+
+    The clearest scene is the first reference; then each scene is measured against the median of
+    the others, put back by what is known so far. Without a reference image the frame is the mean
+    over the scenes: only differences between scenes can be observed, a common shift of all of
+    them against the world cannot, and none is claimed. With a reference image (a reference
+    mosaic, another sensor) shifts are relative to it.
+
+    Args:
+        images: T arrays (H, W) or (B, H, W), reflectance, NaN invalid.
+        valid: T arrays (H, W) bool, clear pixels.
+        reference: Array like one of ``images``.
+        max_shift_px: Larger shifts are unknown.
+        rounds: Refinements against the median of the others.
+        window_px: Size of the windows.
+
+    Returns:
+        T shifts; unknown ones are NaN with reliability 0 and must be decided on by policy.
+
+    Raises:
+        SceneError: Lists of different lengths, or shapes differ.
+    """
+    if len(images) != len(valid):
+        raise SceneError(f"{len(images)} images but {len(valid)} masks")
+    if not images:
+        return []
+    if reference is not None:
+        return [
+            estimate_shift(reference, im, ok, max_shift_px=max_shift_px, window_px=window_px)
+            for im, ok in zip(images, valid, strict=True)
+        ]
+    clearest = int(np.argmax([int(np.count_nonzero(v)) for v in valid]))
+    shifts = [
+        Shift(0.0, 0.0, 1.0, 0.0, 1)
+        if i == clearest
+        else estimate_shift(
+            images[clearest], im, ok & valid[clearest], max_shift_px=2.0 * max_shift_px,
+            window_px=window_px,
+        )  # fmt: skip
+        for i, (im, ok) in enumerate(zip(images, valid, strict=True))
+    ]
+    shifts = _to_mean(shifts)
+    for _ in range(rounds if len(images) > 2 else 0):
+        shifts = _to_mean(_against_median(images, valid, shifts, max_shift_px, window_px))
+    return [s if s.known and math.hypot(s.dy_px, s.dx_px) <= max_shift_px else _UNKNOWN
+            for s in shifts]  # fmt: skip
+
+
+def _to_mean(shifts: Sequence[Shift]) -> list[Shift]:
+    known = [s for s in shifts if s.known]
+    if not known:
+        return list(shifts)
+    dy = float(np.mean([s.dy_px for s in known]))
+    dx = float(np.mean([s.dx_px for s in known]))
+    return [replace(s, dy_px=s.dy_px - dy, dx_px=s.dx_px - dx) if s.known else s for s in shifts]
+
+
+def _against_median(
+    images: Sequence[FloatArray],
+    valid: Sequence[BoolArray],
+    shifts: Sequence[Shift],
+    max_shift_px: float,
+    window_px: int,
+) -> list[Shift]:
+    """Each scene against the median of the others, all put back by their present shifts."""
+    stack = []
+    for image, ok, shift in zip(images, valid, shifts, strict=True):
+        bands = image[None] if image.ndim == 2 else image
+        fine = ok & np.isfinite(bands).all(axis=0)
+        offset = (shift.dy_px, shift.dx_px) if shift.known else (0.0, 0.0)
+        moved = np.stack([_put_back(b, fine, offset) for b in bands]).astype(np.float32)
+        moved_ok = apply_shift(fine.astype(np.float64), (-offset[0], -offset[1])) > 0.9
+        if not shift.known:
+            moved_ok[:] = False
+        stack.append(np.where(moved_ok, moved, np.nan))
+    cube = np.stack(stack)
+    out = []
+    for i, (image, ok) in enumerate(zip(images, valid, strict=True)):
+        others = np.delete(cube, i, axis=0)
+        reference = _median(others)
+        out.append(
+            estimate_shift(
+                reference, image if image.ndim == 3 else image[None], ok,
+                max_shift_px=2.0 * max_shift_px, window_px=window_px,
+            )  # fmt: skip
+        )
+    return out
+
+
+def _median(cube: FloatArray) -> FloatArray:
+    """Median over the first axis without NaN; NaN where all are."""
+    ordered = np.sort(cube, axis=0)
+    n = np.isfinite(ordered).sum(axis=0)
+    low = np.maximum(n - 1, 0) // 2
+    high = np.minimum(n // 2, cube.shape[0] - 1)
+    middle: FloatArray = 0.5 * (
+        np.take_along_axis(ordered, low[None], 0)[0]
+        + np.take_along_axis(ordered, high[None], 0)[0]
+    )
+    return middle
+
+
+def shifted_geobox(geobox: GeoBox, shift: Shift, *, pixel_m: float | None = None) -> GeoBox:
+    """Geobox to read a scene with so that its content falls on the reference.
+
+    Content that lies ``dx_px`` too far right is found ``dx_px`` further right in the file, so the
+    geobox moves by (+dx_px right, +dy_px down); the array read is then taken as lying on the
+    unmoved ``geobox``.
+
+    Args:
+        geobox: Target pixels.
+        shift: Shift of the scene; an unknown one leaves the geobox as it is.
+        pixel_m: Pixel size that the shift was measured on, in units of the CRS; None: that of
+            ``geobox``.
+    """
+    if not shift.known:
+        return geobox
+    scale = 1.0 if pixel_m is None else pixel_m / abs(float(geobox.affine.a))
+    moved = geobox.affine * geobox.affine.translation(shift.dx_px * scale, shift.dy_px * scale)
+    return GeoBox(geobox.shape, moved, geobox.crs)
