@@ -7,10 +7,9 @@ from pathlib import Path
 
 from pyproj import Transformer
 from pyproj.exceptions import CRSError
-from shapely import from_wkb, make_valid, union_all
+from shapely import from_wkb, make_valid, transform, union_all
 from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
-from shapely.ops import transform
 from shapely.validation import explain_validity
 
 from terraloom.config.campaign import Campaign
@@ -51,7 +50,7 @@ def to_crs(geometry: BaseGeometry, src: str, dst: str) -> BaseGeometry:
         raise AoiError(f"unknown coordinate system ({err})", where="aoi.crs") from err
     span = max(geometry.bounds[2] - geometry.bounds[0], geometry.bounds[3] - geometry.bounds[1])
     dense = geometry.segmentize(span / 50) if span > 0 else geometry
-    return transform(forward.transform, dense)
+    return transform(dense, forward.transform, interleaved=False)
 
 
 @lru_cache(maxsize=8)

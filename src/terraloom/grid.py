@@ -165,13 +165,13 @@ def coarsen(geobox: GeoBox, factor: int) -> GeoBox:
         raise GridError(
             f"{h}x{w} px do not divide by {factor}", where="grid", fix="snap to the 60 m lattice"
         )
-    return GeoBox((h // factor, w // factor), geobox.affine * Affine.scale(factor), geobox.crs)
+    return GeoBox((h // factor, w // factor), geobox.affine @ Affine.scale(factor), geobox.crs)
 
 
 def pad(geobox: GeoBox, margin_px: int) -> GeoBox:
     """The geobox grown by ``margin_px`` pixels on every side."""
     h, w = geobox.shape
-    affine = geobox.affine * Affine.translation(-margin_px, -margin_px)
+    affine = geobox.affine @ Affine.translation(-margin_px, -margin_px)
     return GeoBox((h + 2 * margin_px, w + 2 * margin_px), affine, geobox.crs)
 
 
@@ -181,7 +181,7 @@ def window_of(inner: GeoBox, outer: GeoBox) -> tuple[slice, slice]:
     Raises:
         GridError: Different CRS, resolution or sub-pixel phase. Never rounds silently.
     """
-    rel = ~outer.affine * inner.affine
+    rel = ~outer.affine @ inner.affine
     c0, r0 = rel * (0, 0)
     same = inner.crs == outer.crs and abs(rel.a - 1) < 1e-6 and abs(rel.e - 1) < 1e-6
     if not same or abs(c0 - round(c0)) > 1e-3 or abs(r0 - round(r0)) > 1e-3:

@@ -51,6 +51,9 @@ GDAL_ENV: dict[str, Any] = {
     "VSI_CACHE": True,
 }
 
+#: Raster formats that hold their own pixels. Others (VRT, WMS, ...) can name further files.
+DRIVERS = ("GTiff", "COG", "JP2OpenJPEG", "JP2ECW", "JP2KAK")
+
 _COG_BLOCK = 512
 #: Earliest date a zip entry can carry; a fixed one keeps archives byte-identical.
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -191,7 +194,7 @@ def _open(href: str | Path) -> Any:
     from rasterio.errors import RasterioIOError
 
     try:
-        return rasterio.open(href)
+        return rasterio.open(href, driver=list(DRIVERS))
     except RasterioIOError as err:
         raise SceneError(
             f"the raster cannot be opened ({err})",
@@ -243,6 +246,7 @@ def read_window(
                 resampling=Resampling[resampling],
                 src_nodata=nodata,
                 nodata=nodata,
+                tolerance=0,  # an approximate warp would depend on the window
             ) as vrt:
                 data: npt.NDArray[Any] = vrt.read(band)
                 return data

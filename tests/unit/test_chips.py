@@ -18,7 +18,15 @@ from terraloom.config.load import parse_campaign
 from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, window_of
 from terraloom.io import read_json, read_store, sha256, write_store
-from terraloom.labels.chips import NO_FOLD, align_labels, chip_windows, cut_chips
+from terraloom.labels.chips import (
+    NO_FOLD,
+    _burn_tile,
+    _Tally,
+    align_labels,
+    chip_windows,
+    cut_chips,
+)
+from terraloom.labels.folds import FoldMap
 from terraloom.legend import IGNORE_INDEX, Legend
 from terraloom.preprocess.reasons import Reason
 
@@ -131,7 +139,7 @@ def test_windows_cover_the_tile_once() -> None:
 
 
 def test_shapes_and_inputs_lie_where_the_chip_says(clear: Clear, grid: CampaignGrid) -> None:
-    chips, metrics, out = clear
+    chips, metrics, _ = clear
     n = chips.sizes["n"]
     assert metrics["chips"] == n
     assert chips["x_s2_10"].shape == (n, 2, 144, 144)
@@ -194,6 +202,32 @@ def test_tasks_share_the_folds(clear: Clear) -> None:
     assert heights.sum() > 30
     assert np.all(chips["fold"].values[heights] < 3)
     assert np.nanmax(chips["y_edges"].values) == 1
+
+
+def test_no_pixel_serves_two_folds(campaign: Campaign, grid: CampaignGrid) -> None:
+    def one(value: float, shape: Any, fold: int) -> gpd.GeoDataFrame:
+        data = {"value": [value], "fold": [fold], "block": [10 + fold]}
+        return gpd.GeoDataFrame(data, geometry=[shape], crs=grid.crs)
+
+    # A parcel of fold 0 beside a labelled field of fold 1: its outer edge lies in that field.
+    by_task = {
+        "edges": one(np.nan, at(0, 1000, 300, 1300), 0),
+        "cover": one(1, at(310, 1000, 600, 1300), 1),
+        "height": one(5, at(2000, 200, 2100, 300), 2),
+    }
+    folds = FoldMap(grid.geobox, 48, 3, (2,) * 24)
+    tallies = {t.name: _Tally() for t in campaign.tasks}
+    burnt = _burn_tile(campaign, by_task, folds, grid.geobox, tallies)
+    row = 192 - 115
+    assert set(burnt.fold[row, 31:60]) == {1}
+    assert set(burnt.fold[row, :30]) == {0}
+    assert burnt.fold[0, 0] == 2
+    assert burnt.block[row, 40] == 11
+    assert np.all(np.isnan(burnt.y["edges"][row, 31:]))
+    assert np.all(np.isfinite(burnt.y["edges"][row, :31]))
+    assert np.all(burnt.y["cover"][row, 31:60] == 1)
+    assert tallies["edges"].between_folds > 0
+    assert tallies["cover"].between_folds == 0
 
 
 def test_labels_under_cloud_are_taken_away_and_counted(

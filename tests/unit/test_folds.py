@@ -12,7 +12,7 @@ from odc.geo.geobox import GeoBox
 from shapely import Point, box
 
 from terraloom.errors import FoldError
-from terraloom.labels.folds import FoldMap, assign_folds, audit_folds, overlap_groups
+from terraloom.labels.folds import FoldMap, _score, assign_folds, audit_folds, overlap_groups
 
 # 12 x 12 blocks of 100 m; the upper left corner is (0, 1200).
 GEOBOX = GeoBox((120, 120), Affine(10, 0, 0, 0, -10, 1200), "EPSG:32633")
@@ -158,3 +158,13 @@ def test_audit_sees_a_leak() -> None:
     assert audit["min_distance_m"] == 0
     apart = audit_folds(labels.iloc[[0, 3]])
     assert apart["min_distance_m"] == apart["median_distance_m"] == 110
+
+
+def test_a_class_in_one_fold_only_is_worse_than_gaps_elsewhere() -> None:
+    alone = np.array([[1, 0.5, 0.5], [0, 0.5, 0.5], [0, 0.0, 0.0]])
+    gaps = np.array([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0.0, 0.0]])
+    scattered_gaps = np.array([[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
+    assert _score(scattered_gaps) < _score(gaps) < _score(alone)
+    four = np.array([[1, 0.25], [0, 0.25], [0, 0.25], [0, 0.25]])  # three gaps
+    spread = np.array([[0.5, 0.5], [0.5, 0.5], [0, 0], [0.0, 0]])  # two empty folds
+    assert _score(four) < _score(spread)

@@ -62,7 +62,7 @@ if building("scenes"):
             mem_mb=mem_mb(1000),
             runtime=minutes(20),
         params:
-            config=keys("aoi", "grid.crs", "sources", "cube.periods"),
+            config=keys("name", "aoi", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item"),
             code=code_digest("acquire.lock"),
         message:
             "Search the catalogues and lock the items"

@@ -38,7 +38,7 @@ if building("model"):
             runtime=minutes(60),
         params:
             config=keys("tasks", "seed", "folds.count", "model.baseline"),
-            code=code_digest("train.baseline", "train.run"),
+            code=code_digest("assess.held_out"),
         message:
             "Fit the per-pixel random forest on the same folds"
         shell:
@@ -65,7 +65,7 @@ if building("model"):
             runtime=minutes(60),
         params:
             config=keys("tasks", "seed", "folds.count", "model.members"),
-            code=code_digest("train.run"),
+            code=code_digest("assess.held_out"),
         message:
             "Calibrate the ensemble on folds that did not train, and score it there"
         shell:

@@ -15,12 +15,9 @@ from rasterio.errors import CRSError, RasterioError
 from terraloom.acquire.catalogue import is_url
 from terraloom.acquire.sources import load_source
 from terraloom.errors import SceneError
-from terraloom.io import GDAL_ENV, read_window, sha256
+from terraloom.io import DRIVERS, GDAL_ENV, read_window, sha256
 
-__all__ = ["DRIVERS", "read_band", "verify_item"]
-
-#: Raster formats that hold their own pixels. Others (VRT, WMS, ...) can name further files.
-DRIVERS = ("GTiff", "COG", "JP2OpenJPEG", "JP2ECW", "JP2KAK")
+__all__ = ["read_band", "verify_item"]
 
 #: Coarser than this many native pixels, continuous bands are averaged instead of interpolated.
 _AVERAGE_FROM = 1.5

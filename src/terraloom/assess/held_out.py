@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -17,7 +16,12 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from terraloom.assess.reliability import SkillReport, skill_report
+from terraloom.assess.reliability import (
+    SkillReport,
+    confusion_matrix,
+    skill_from_matrix,
+    skill_report,
+)
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign, Task
 from terraloom.errors import StateError
@@ -27,16 +31,12 @@ from terraloom.labels.noise import suspect_labels
 from terraloom.labels.rasterise import NO_LABEL, burn
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
-from terraloom.train.baseline import forest_held_out
-from terraloom.train.calibrate import (
-    calibrated,
-    calibration_error,
-    cross_fitted,
-    fit_temperature,
-    reliability_table,
-)
+from terraloom.models.heads import TaskSpec
+from terraloom.train.baseline import pixel_forest
+from terraloom.train.calibrate import Reliability, reliability
+from terraloom.train.ensemble import averaged, cross_fitted_average, fit_ensemble_temperature
 from terraloom.train.fit import HeldOut, load_member, predict_held_out
-from terraloom.train.run import CHIPS, MODEL, member_files
+from terraloom.train.run import CHIPS, MODEL, member_files, task_specs
 
 __all__ = ["calibrate", "fit_baseline"]
 
@@ -57,8 +57,9 @@ def calibrate(campaign: Campaign) -> None:
     legend = read_legend(str(task.classes))
     cover = held[task.name]
     y = cover.y.astype(np.int64)
-    temperature = fit_temperature(cover.p, y)
-    honest = cross_fitted(cover.p, y, cover.fold)
+    temperature = fit_ensemble_temperature(cover.p, y)
+    honest = cross_fitted_average(cover.p, y, cover.fold)
+    curve = reliability(honest, y, n_bins=BINS)
     raw = cover.p.mean(axis=0)
     block = chips["block"].to_numpy().ravel()[cover.index]
     skill = skill_report(
@@ -71,8 +72,8 @@ def calibrate(campaign: Campaign) -> None:
         "confusion": skill.matrix.tolist(),
         "overall": {k: _interval(skill.overall[k]) for k in ("oa", "macro_f1")},
         "per_class": _per_class(skill, legend),
-        "ece_before": calibration_error(raw, y, bins=BINS),
-        "ece_after": calibration_error(honest, y, bins=BINS),
+        "ece_before": reliability(raw, y, n_bins=BINS).error(),
+        "ece_after": curve.error(),
         "temperature": temperature,
         "n_bins": BINS,
         "n_pixels": len(y),
@@ -83,7 +84,7 @@ def calibrate(campaign: Campaign) -> None:
         "suspects": _suspects(campaign, chips, cover, temperature, legend),
     }
     write_json(MODEL / "held_out.json", record)
-    write_text(MODEL / "reliability.csv", _csv(reliability_table(honest, y, bins=BINS)))
+    write_text(MODEL / "reliability.csv", _csv(_curve(curve)))
     write_text(MODEL / "history.csv", _history(campaign))
     write_json(MODEL / "metrics.json", _metrics(record))
     write_json(MODEL / "calibration.json", {"temperature": temperature, "n_pixels": len(y)})
@@ -168,7 +169,7 @@ def _suspects(
     """Labels that the held-out predictions contradict, by row of the label file."""
     task = campaign.land_cover
     which = _label_of_pixels(task, chips)[cover.index]
-    p = calibrated(cover.p, temperature)
+    p = averaged(cover.p, temperature)
     ids, where = np.unique(which[which >= 0], return_inverse=True)
     inside = which >= 0
     count = np.bincount(where, minlength=len(ids))
@@ -204,6 +205,11 @@ def _label_of_pixels(task: Task, chips: xr.Dataset) -> npt.NDArray[np.int64]:
         found = burned.label != NO_LABEL
         out.append(np.where(found, ids[np.where(found, burned.label, 0)], -1))
     return np.stack(out).ravel().astype(np.int64)
+
+
+def _curve(table: Reliability) -> list[dict[str, Any]]:
+    rows = zip(table.confidence, table.accuracy, table.count, strict=True)
+    return [{"confidence": c, "accuracy": a, "count": int(n)} for c, a, n in rows if n]
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -260,10 +266,24 @@ def _say(record: dict[str, Any]) -> None:
 
 
 def fit_baseline(campaign: Campaign) -> None:
-    """Per-pixel random forest on all bands, on the same folds; writes ``baseline.json``."""
+    """Per-pixel random forest on all bands, on the same folds; writes ``baseline.json``.
+
+    Two scores: on the pixels that the networks are scored on, and on all labelled pixels, clouds
+    and shadows included, which is what a map without masks would face.
+    """
     chips = read_store(CHIPS).load()
-    legend = read_legend(str(campaign.land_cover.classes))
-    write_json(
-        Path(MODEL / "baseline.json"),
-        forest_held_out(chips, campaign.land_cover.name, len(legend), seed=campaign.seed),
-    )
+    task = next(t for t in task_specs(campaign) if t.name == campaign.land_cover.name)
+    scores = {"same_pixels": _forest_scores(chips, task, campaign.seed)}
+    if f"y_{task.name}_unmasked" in chips:
+        unmasked = chips.drop_vars(f"y_{task.name}").rename(
+            {f"y_{task.name}_unmasked": f"y_{task.name}"}
+        )
+        scores["all_pixels"] = _forest_scores(unmasked, task, campaign.seed)
+    write_json(MODEL / "baseline.json", scores)
+
+
+def _forest_scores(chips: xr.Dataset, task: TaskSpec, seed: int) -> dict[str, float]:
+    held = pixel_forest(chips, task, seed=seed)
+    matrix = confusion_matrix(held.y, held.p[0].argmax(axis=1), range(len(task.classes)))
+    skill = skill_from_matrix(matrix)
+    return {"oa": float(skill.oa), "macro_f1": float(skill.macro_f1), "pixels": len(held.y)}

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 
+from terraloom.assess.areas import PixelAreas
 from terraloom.assess.estimators import AccuracyReport
 from terraloom.assess.run import MAP, TRUTH, _estimate
 from terraloom.assess.scoreboard import (
@@ -25,7 +26,7 @@ from terraloom.assess.scoreboard import (
 )
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.grid import CampaignGrid, row_areas_m2
+from terraloom.grid import CampaignGrid, coarsen
 from terraloom.io import geobox_of, read_json, read_window, write_json
 from terraloom.legend import NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
@@ -75,7 +76,6 @@ def _matching(truth: Codes, mapped: Codes) -> Codes:
 
 def _masks(campaign: Campaign, what: str) -> Iterator[tuple[Codes, npt.NDArray[np.bool_]]]:
     """Found and true mask of every scene, on the mask's own 20 m pixels of the AOI."""
-    from terraloom.grid import coarsen
     from terraloom.preprocess.cube import mask_on
 
     codes = read_json(TRUTH / "truth.json")["cloud_codes"]
@@ -126,7 +126,7 @@ def _ece(legend: Legend, true_map: Codes) -> float:
     index[list(legend.codes)] = np.arange(len(legend))
     chosen = p[:, valid].T
     return calibration_error(
-        chosen / chosen.sum(axis=1, keepdims=True), index[true_map[valid]], bins=15
+        chosen / chosen.sum(axis=1, keepdims=True), index[true_map[valid]], n_bins=15
     )
 
 
@@ -137,7 +137,9 @@ def _areas(
     if campaign.sample is None:
         return float("nan"), float("nan")
     report: AccuracyReport = _estimate(campaign, legend)
-    area = row_areas_m2(geobox_of(MAP / "class_map.tif"))[:, None] / 1e4
+    h, w = mapped.shape
+    # The same pixel areas as in the estimates: a class without error has no width of interval.
+    area = PixelAreas(geobox_of(MAP / "class_map.tif")).window(slice(0, h), slice(0, w)) / 1e4
     domain = mapped != NODATA_CODE
     true = {c: float((area * (domain & (true_map == c))).sum()) for c in legend.codes}
     return areas_inside_ci(report, true)

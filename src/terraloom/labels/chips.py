@@ -201,11 +201,14 @@ def cut_chips(
     out = Path(out_dir)
     labels, report = _read_aligned(out, grid)
     folds = FoldMap.from_record(report["folds"], grid.geobox)
+    by_task = {
+        t.name: labels[labels["task"] == t.name].reset_index(drop=True) for t in campaign.tasks
+    }
     tallies = {t.name: _Tally() for t in campaign.tasks}
     chips: list[dict[str, Any]] = []
     channels: dict[str, list[str]] = {}
     for tile in grid.tiles():
-        burnt = _burn_tile(campaign, labels, folds, tile.geobox, tallies)
+        burnt = _burn_tile(campaign, by_task, folds, tile.geobox, tallies)
         if not any(_has_label(y).any() for y in burnt.y.values()):
             continue
         path = Path(cube_dir) / f"{tile.name}.zip"
@@ -231,7 +234,7 @@ def _has_label(y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 def _burn_tile(
     campaign: Campaign,
-    labels: gpd.GeoDataFrame,
+    by_task: Mapping[str, gpd.GeoDataFrame],
     folds: FoldMap,
     geobox: GeoBox,
     tallies: Mapping[str, _Tally],
@@ -246,7 +249,7 @@ def _burn_tile(
     free = np.ones(geobox.shape, dtype=bool)
     tasks = sorted(campaign.tasks, key=lambda t: t.kind is not TaskKind.SEGMENTATION)
     for task in tasks:
-        mine = labels[labels["task"] == task.name].reset_index(drop=True)
+        mine = by_task[task.name]
         burned = burn(mine, geobox, kind=task.kind, erode_m=task.labels.erode_m)
         tallies[task.name].overlap += int(burned.conflict.sum())
         take = free & (burned.label != NO_LABEL)

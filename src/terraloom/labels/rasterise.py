@@ -66,7 +66,7 @@ def burn(labels: gpd.GeoDataFrame, geobox: GeoBox, *, kind: TaskKind, erode_m: f
         Value, label and conflict, see :class:`Burned`.
     """
     box = pad(geobox, EDGE_WIDTH_PX + 1) if kind is TaskKind.BOUNDARY else geobox
-    near = np.flatnonzero(_touching(labels, box))
+    near = _touching(labels, box)
     shapes = np.asarray(labels.geometry.values[near], dtype=object)
     if kind is TaskKind.BOUNDARY:
         return _edges(shapes, near, box)
@@ -102,12 +102,11 @@ def eroded(
     return np.where(gone, polygons, cores), gone
 
 
-def _touching(labels: gpd.GeoDataFrame, geobox: GeoBox) -> npt.NDArray[np.bool_]:
+def _touching(labels: gpd.GeoDataFrame, geobox: GeoBox) -> npt.NDArray[np.intp]:
+    """Rows of the labels that touch a geobox; the frame keeps its spatial index."""
     b = geobox.boundingbox
-    hit: npt.NDArray[np.bool_] = shapely.intersects(
-        shapely.box(b.left, b.bottom, b.right, b.top), labels.geometry.values
-    )
-    return hit
+    frame = shapely.box(b.left, b.bottom, b.right, b.top)
+    return np.sort(labels.sindex.query(frame, predicate="intersects"))
 
 
 def _rasterise(

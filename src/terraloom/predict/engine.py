@@ -26,7 +26,7 @@ from terraloom.models.fusion import FusionNet
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.reasons import INVALID
 from terraloom.state import code_digest
-from terraloom.train.calibrate import sharpen
+from terraloom.train.ensemble import sharpen
 from terraloom.train.fit import load_member
 from terraloom.uncertainty.decompose import (
     ENTROPY_NODATA,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from odc.geo.geobox import GeoBox
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from terraloom.errors import SceneError
 
@@ -39,7 +39,9 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
 
 #: Share of a window that must be valid in both images.
-_MIN_VALID = 0.6
+_MIN_VALID = 0.25
+#: Most windows that are measured; the clearest are taken.
+_MAX_WINDOWS = 49
 #: Peak of a window's correlation over the spread of its surface; below this it says nothing.
 _MIN_PEAK = 6.0
 #: Spread of the spectral weight, cycles per pixel: most content of a scene lies below.
@@ -95,25 +97,43 @@ def phase_shift(
         Down and right shift of the content of ``moving``, pixels, and the peak's height over the
         spread of the surface.
     """
-    height, width = reference.shape
-    cross = np.fft.fft2(moving) * np.conj(np.fft.fft2(reference))
+    return _peak(
+        fft.rfft2(moving) * np.conj(fft.rfft2(reference)),
+        reference.shape, max_shift_px, upsample, spectral_sigma,
+    )  # fmt: skip
+
+
+def _peak(
+    cross: npt.NDArray[np.complexfloating],
+    shape: tuple[int, ...],
+    max_shift_px: float,
+    upsample: int,
+    spectral_sigma: float | None,
+) -> tuple[float, float, float]:
+    """Peak of a half-plane cross-power spectrum; see :func:`phase_shift`."""
+    height, width = shape
     size = np.abs(cross)
-    spectrum = cross / np.maximum(size, 1e-12 * max(float(size.max()), 1e-300))
-    fy, fx = np.fft.fftfreq(height), np.fft.fftfreq(width)
+    spectrum = cross / np.maximum(size, 1e-12 * max(float(size.max()), 1e-30))
+    fy, fx = np.fft.fftfreq(height), np.fft.rfftfreq(width)
     if spectral_sigma is not None:
         radius2 = fy[:, None] ** 2 + fx[None, :] ** 2
-        spectrum = spectrum * np.exp(-0.5 * radius2 / spectral_sigma**2)
-    surface = np.fft.ifft2(spectrum).real
+        spectrum = spectrum * np.exp(-0.5 * radius2 / spectral_sigma**2).astype(size.dtype)
+    surface = fft.irfft2(spectrum, s=(height, width))
     rows, cols = np.fft.fftfreq(height, 1.0 / height), np.fft.fftfreq(width, 1.0 / width)
     reach = max(max_shift_px, 1.0)
-    near = (np.abs(rows) <= reach)[:, None] & (np.abs(cols) <= reach)[None, :]
-    peak = int(np.argmax(np.where(near, surface, -np.inf)))
-    y, x = float(rows[peak // width]), float(cols[peak % width])
-    quality = (float(surface.flat[peak]) - float(surface.mean())) / max(
-        float(surface.std()), 1e-12
-    )
+    near_rows = np.flatnonzero(np.abs(rows) <= reach)
+    near_cols = np.flatnonzero(np.abs(cols) <= reach)
+    near = surface[np.ix_(near_rows, near_cols)]
+    i, j = np.unravel_index(int(np.argmax(near)), near.shape)
+    y, x = float(rows[near_rows[i]]), float(cols[near_cols[j]])
+    quality = (float(near[i, j]) - float(surface.mean())) / max(float(surface.std()), 1e-12)
     if upsample > 1:
-        y, x = _refine(spectrum, fy, fx, y, x, upsample)
+        # Columns of the left half plane are the mirror of the right one: count them twice.
+        twice = np.full(fx.size, 2.0, dtype=size.dtype)
+        twice[0] = 1.0
+        if width % 2 == 0:
+            twice[-1] = 1.0
+        y, x = _refine(spectrum * twice, fy, fx, y, x, upsample)
     return y, x, quality
 
 
@@ -138,39 +158,37 @@ def _refine(
 
 
 def _structure(image: FloatArray, valid: BoolArray) -> FloatArray:
-    """Gradient magnitude, 0 near invalid pixels: edges stay when crops turn from dark to bright."""
-    filled = _fill(image, valid)
+    """Gradient magnitude of a filled image, 0 near invalid pixels: edges stay when crops turn from dark to bright."""
+    smooth = ndimage.gaussian_filter(image, 0.7, truncate=3.0)
     gradient = np.hypot(
-        ndimage.gaussian_filter(filled, 0.7, order=(1, 0)),
-        ndimage.gaussian_filter(filled, 0.7, order=(0, 1)),
+        ndimage.correlate1d(smooth, [-0.5, 0.0, 0.5], axis=0),
+        ndimage.correlate1d(smooth, [-0.5, 0.0, 0.5], axis=1),
     )
     inner = ndimage.binary_erosion(valid, iterations=3, border_value=1)
     scale = float(np.median(gradient[inner])) if inner.any() else 0.0
     # Compressed, so that a few strong edges (a shore) do not decide alone.
     out = np.log1p(gradient / scale) if scale > 0 else gradient
-    soft = ndimage.uniform_filter(inner.astype(np.float64), 5) * inner
+    soft = ndimage.uniform_filter(inner.astype(np.float32), 5) * inner
     level = float(out[inner].mean()) if inner.any() else 0.0
-    structure: FloatArray = (out - level) * soft
+    structure: FloatArray = ((out - level) * soft).astype(np.float32)
     return structure
 
 
-def _fill(image: FloatArray, valid: BoolArray) -> FloatArray:
-    """Invalid pixels take the value of the nearest valid one."""
+def _fill(bands: FloatArray, valid: BoolArray) -> npt.NDArray[np.float32]:
+    """(B, H, W): invalid pixels take the value of the nearest valid one."""
     if valid.all():
-        return image.astype(np.float64)
+        return bands.astype(np.float32)
     if not valid.any():
-        return np.zeros(image.shape)
-    index = ndimage.distance_transform_edt(
-        ~valid, return_distances=False, return_indices=True
-    )
-    filled: FloatArray = image[tuple(index)].astype(np.float64)
+        return np.zeros(bands.shape, dtype=np.float32)
+    index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)
+    filled: npt.NDArray[np.float32] = bands[:, index[0], index[1]].astype(np.float32)
     return filled
 
 
 def _window_starts(length: int, size: int) -> list[int]:
     if length <= size:
         return [0]
-    n = max(2, math.ceil((length - size) / (size / 2)) + 1)
+    n = max(2, math.ceil((length - size) / (size * 2 / 3)) + 1)
     return sorted({round(i * (length - size) / (n - 1)) for i in range(n)})
 
 
@@ -193,7 +211,8 @@ def estimate_shift(
         valid: (H, W) bool, pixels that are clear in both; NaN is invalid anyway.
         max_shift_px: Larger shifts are not looked for; a result beyond it is unknown.
         upsample: Steps per pixel.
-        window_px: Size of the windows; they overlap by half.
+        window_px: Size of the windows; they overlap by a third
+            or more.
         iterations: Passes; from the second on ``moving`` is put back by the estimate and the rest
             is measured, which takes away the pull towards whole pixels.
         gradient: Compare gradient magnitudes, for scenes of different seasons; False compares
@@ -206,36 +225,26 @@ def estimate_shift(
     Raises:
         SceneError: Shapes differ.
     """
-    ref, mov = np.atleast_3d(reference), np.atleast_3d(moving)
-    if reference.ndim == 2:
-        ref, mov = reference[None], moving[None]
+    ref = reference[None] if reference.ndim == 2 else reference
+    mov = moving[None] if moving.ndim == 2 else moving
     if ref.shape != mov.shape:
         raise SceneError(f"reference {ref.shape} and scene {mov.shape} differ in shape")
     finite = np.isfinite(ref).all(axis=0) & np.isfinite(mov).all(axis=0)
     usable = finite if valid is None else finite & valid
-    total = (0.0, 0.0)
-    result = _UNKNOWN
+    prepare = _structure if gradient else _centred
+    windows = _windows(usable, window_px)
+    fixed = _spectra([prepare(b, usable) for b in _fill(ref, usable)], windows)
+    filled = _fill(mov, usable)
+    total, result = (0.0, 0.0), _UNKNOWN
     for k in range(max(1, iterations)):
-        moved = mov if k == 0 else np.stack([_put_back(b, usable, total) for b in mov])
-        pairs = [
-            (_structure(a, usable), _structure(b, usable))
-            if gradient
-            else (_centred(a, usable), _centred(b, usable))
-            for a, b in zip(ref, moved, strict=True)
-        ]
-        step = _combine(_measure(pairs, usable, window_px, max_shift_px, upsample))
+        bands = filled if k == 0 else [apply_shift(b, (-total[0], -total[1])) for b in filled]
+        moved = _spectra([prepare(b, usable) for b in bands], windows)
+        step = _combine(_measure(fixed, moved, windows, max_shift_px, upsample))
         if not step.known:
-            return _UNKNOWN if k == 0 else result
+            return result
         total = (total[0] + step.dy_px, total[1] + step.dx_px)
         result = replace(step, dy_px=total[0], dx_px=total[1])
-    if math.hypot(*total) > max_shift_px:
-        return _UNKNOWN
-    return result
-
-
-def _put_back(band: FloatArray, valid: BoolArray, shift: tuple[float, float]) -> FloatArray:
-    moved: FloatArray = apply_shift(_fill(band, valid), (-shift[0], -shift[1]))
-    return moved
+    return _UNKNOWN if math.hypot(*total) > max_shift_px else result
 
 
 def apply_shift(image: FloatArray, shift: tuple[float, float]) -> FloatArray:
@@ -253,33 +262,67 @@ def _centred(image: FloatArray, valid: BoolArray) -> FloatArray:
     return centred
 
 
-def _measure(
-    pairs: Sequence[tuple[FloatArray, FloatArray]],
-    usable: BoolArray,
-    window_px: int,
-    max_shift_px: float,
-    upsample: int,
-) -> npt.NDArray[np.float64]:
-    """(N, 4): down, right, peak height, valid share of each usable window and band."""
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """One window: its pixels and the share of them that is valid, weighted by the taper."""
+
+    rows: slice
+    cols: slice
+    share: float
+
+
+def _taper(height: int, width: int) -> npt.NDArray[np.float32]:
+    """Hann window that does not start at 0."""
+    taper = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
+    return taper.astype(np.float32)
+
+
+def _windows(usable: BoolArray, window_px: int) -> list[_Window]:
+    """Windows with enough valid pixels, at most ``_MAX_WINDOWS`` of them, clearest first."""
     height, width = usable.shape
     size_y, size_x = min(window_px, height), min(window_px, width)
-    taper = np.outer(np.hanning(size_y + 2)[1:-1], np.hanning(size_x + 2)[1:-1])
+    taper = _taper(size_y, size_x)
     found = []
     for top in _window_starts(height, size_y):
         for left in _window_starts(width, size_x):
-            window = (slice(top, top + size_y), slice(left, left + size_x))
-            # Weighted by the taper: what lies in the corners hardly counts anyway.
-            share = float((usable[window] * taper).sum() / taper.sum())
-            if share < _MIN_VALID:
+            rows, cols = slice(top, top + size_y), slice(left, left + size_x)
+            share = float((usable[rows, cols] * taper).sum() / taper.sum())
+            if share >= _MIN_VALID:
+                found.append(_Window(rows, cols, share))
+    return sorted(found, key=lambda w: -w.share)[:_MAX_WINDOWS]
+
+
+def _spectra(
+    bands: Sequence[FloatArray], windows: Sequence[_Window]
+) -> list[list[npt.NDArray[np.complexfloating]]]:
+    """Half-plane spectrum of every window and band."""
+    if not windows:
+        return []
+    first = windows[0]
+    taper = _taper(first.rows.stop - first.rows.start, first.cols.stop - first.cols.start)
+    return [
+        [fft.rfft2(band[w.rows, w.cols].astype(np.float32) * taper) for band in bands]
+        for w in windows
+    ]
+
+
+def _measure(
+    fixed: Sequence[Sequence[npt.NDArray[np.complexfloating]]],
+    moved: Sequence[Sequence[npt.NDArray[np.complexfloating]]],
+    windows: Sequence[_Window],
+    max_shift_px: float,
+    upsample: int,
+) -> npt.NDArray[np.float64]:
+    """(N, 4): down, right, peak height, valid share of each window and band."""
+    found = []
+    for window, refs, movs in zip(windows, fixed, moved, strict=True):
+        shape = (window.rows.stop - window.rows.start, window.cols.stop - window.cols.start)
+        for a, b in zip(refs, movs, strict=True):
+            cross = b * np.conj(a)
+            if not np.abs(cross).max() > 0.0:
                 continue
-            for ref, mov in pairs:
-                if not (ref[window].any() and mov[window].any()):
-                    continue
-                y, x, peak = phase_shift(
-                    ref[window] * taper, mov[window] * taper, max_shift_px=max_shift_px,
-                    upsample=upsample, spectral_sigma=_SPECTRAL_SIGMA,
-                )  # fmt: skip
-                found.append((y, x, peak, share))
+            y, x, peak = _peak(cross, shape, max_shift_px, upsample, _SPECTRAL_SIGMA)
+            found.append((y, x, peak, window.share))
     return np.array(found, dtype=np.float64).reshape(-1, 4)
 
 
@@ -399,8 +442,9 @@ def _against_median(
         bands = image[None] if image.ndim == 2 else image
         fine = ok & np.isfinite(bands).all(axis=0)
         offset = (shift.dy_px, shift.dx_px) if shift.known else (0.0, 0.0)
-        moved = np.stack([_put_back(b, fine, offset) for b in bands]).astype(np.float32)
-        moved_ok = apply_shift(fine.astype(np.float64), (-offset[0], -offset[1])) > 0.9
+        back = (-offset[0], -offset[1])
+        moved = np.stack([apply_shift(b, back) for b in _fill(bands, fine)])
+        moved_ok = ndimage.shift(fine.astype(np.float32), back, order=1, mode="nearest") > 0.9
         if not shift.known:
             moved_ok[:] = False
         stack.append(np.where(moved_ok, moved, np.nan))
@@ -447,5 +491,5 @@ def shifted_geobox(geobox: GeoBox, shift: Shift, *, pixel_m: float | None = None
     if not shift.known:
         return geobox
     scale = 1.0 if pixel_m is None else pixel_m / abs(float(geobox.affine.a))
-    moved = geobox.affine * geobox.affine.translation(shift.dx_px * scale, shift.dy_px * scale)
+    moved = geobox.affine @ geobox.affine.translation(shift.dx_px * scale, shift.dy_px * scale)
     return GeoBox(geobox.shape, moved, geobox.crs)

@@ -96,7 +96,7 @@ def mask_on(geobox: GeoBox, scene: Scene) -> Bits:
     factor = res // MASK_RESOLUTION_M
     h, w = geobox.shape
     fine_box = GeoBox(
-        (h * factor, w * factor), geobox.affine * geobox.affine.scale(1 / factor), geobox.crs
+        (h * factor, w * factor), geobox.affine @ geobox.affine.scale(1 / factor), geobox.crs
     )
     fine = _joined(scene, _placed(fine_box, scene))
     parts = fine.reshape(h, factor, w, factor)

@@ -48,7 +48,7 @@ __all__ = [
 U8 = npt.NDArray[np.uint8]
 
 #: Largest width of a picture and, in the same way, 1.5 times this for its height (pixels).
-MAX_PX = 1400
+MAX_PX = 1536
 INK, MUTED, RULE, ACCENT, WARM = "#1d2a33", "#66747f", "#d9dfe3", "#17645c", "#b4572b"
 _STYLE = {"size": 9.0, "family": "DejaVu Sans"}
 _DPI = 200
@@ -417,6 +417,8 @@ def area_chart(
     y = _rows(axes, names)
     for row, value in zip(y, estimates, strict=True):
         _whisker(axes, row, value, ACCENT, 1)
+    if not any(e.known for e in estimates):
+        axes.barh(y, mapped, height=0.34, color=WARM, alpha=0.22, lw=0)
     axes.plot(mapped, y, ls="", marker="|", ms=15, mew=2, color=WARM, label="map area")
     if any(e.known for e in estimates):
         axes.plot([], [], color=ACCENT, marker="o", ms=6, lw=2.2, mec="white", label="estimate")

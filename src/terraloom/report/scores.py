@@ -119,7 +119,8 @@ def _task(name: str, report: Mapping[str, Any]) -> LabelTask:
     share = interval(kept).value / interval(rows).value if interval(rows).value else math.nan
     dropped = sorted(report["dropped"].items(), key=lambda kv: (-interval(kv[1]).value, kv[0]))
     skip = {"task", "dropped", "classes", "kept", "used", "rows", "read", "pixels"}
-    flat = report | (report["erosion"] if isinstance(report.get("erosion"), Mapping) else {})
+    erosion = report.get("erosion")
+    flat = {**report, **(erosion if isinstance(erosion, Mapping) else {})}
     single = {k: v for k, v in flat.items() if k not in skip and not isinstance(v, Mapping)}
     per_class = report.get("classes") or report.get("pixels")
     tables = tabulate(per_class) if isinstance(per_class, Mapping) else []

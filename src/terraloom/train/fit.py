@@ -17,7 +17,7 @@ from terraloom.errors import FoldError, ModelError
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, SegmentationLoss, class_weights
-from terraloom.models.registry import build, load_member, save_member
+from terraloom.models.registry import build, load_member, ready, save_member
 from terraloom.train.windows import (
     Augmentation,
     Sampler,
@@ -109,8 +109,7 @@ class FitResult:
         """The trained network in evaluation mode, channels-last."""
         net = build(self.spec, self.normalisation)
         net.load_state_dict(self.state_dict)
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return net.eval()
+        return ready(net)
 
 
 def fit_member(
@@ -150,12 +149,12 @@ def fit_member(
         convs=settings.convs, indices=settings.indices, dropout=settings.dropout,
         widths=settings.widths,
     )  # fmt: skip
-    normalisation = normalisation_of(chips, spec, held_out_fold)
     stream = np.random.SeedSequence([seed, held_out_fold, member]).generate_state(2, np.uint64)
     # Initial weights and dropout draw from torch's global stream: it is forked, so that neither
     # the caller's stream nor another member's is touched.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream[0] >> 1))
+        normalisation = normalisation_of(chips, spec, held_out_fold)
         net = build(spec, normalisation)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         sampler = Sampler(
@@ -182,9 +181,7 @@ def _scaled(task: TaskSpec, y: Tensor, w: Tensor | None) -> TaskSpec:
     return replace(task, mean=float(v[ok].mean()), std=std if std > 1e-9 else 1.0)
 
 
-def _weights(
-    tasks: Sequence[TaskSpec], y: Mapping[str, Tensor], power: float
-) -> dict[str, Tensor]:
+def _weights(tasks: Sequence[TaskSpec], y: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for t in tasks:
         if t.kind == "segmentation":
@@ -312,9 +309,11 @@ def predict_held_out(
     out: dict[str, HeldOut] = {}
     for t in tasks:
         ok = labelled[t.name].numpy()
-        p = [torch.cat(v).numpy() if v else np.zeros((0, t.channels), np.float32)
-             for v in got[t.name]]  # fmt: skip
+        each = [
+            torch.cat(v).numpy() if v else np.zeros((0, t.channels), np.float32)
+            for v in got[t.name]
+        ]
         out[t.name] = HeldOut(
-            np.flatnonzero(ok), fold[ok].astype(np.uint8), y[t.name].numpy()[ok], np.stack(p)
+            np.flatnonzero(ok), fold[ok].astype(np.uint8), y[t.name].numpy()[ok], np.stack(each)
         )
     return out

@@ -55,7 +55,9 @@ def modalities_of(chips: xr.Dataset) -> dict[str, tuple[str, ...]]:
     """Channel names per modality of a chips dataset."""
     found = {g: chips[f"x_{g}"] for g in MODALITY_FACTOR if f"x_{g}" in chips}
     if not found:
-        raise ModelError("chips without inputs", allowed=", ".join(f"x_{g}" for g in MODALITY_FACTOR))
+        raise ModelError(
+            "chips without inputs", allowed=", ".join(f"x_{g}" for g in MODALITY_FACTOR)
+        )
     out: dict[str, tuple[str, ...]] = {}
     for g, x in found.items():
         names = chips.coords.get(f"channel_{g}")
@@ -77,7 +79,9 @@ def inputs_of(chips: xr.Dataset, at: slice | Sequence[int] | None = None) -> dic
     }
 
 
-def _held_out(fold: npt.NDArray[np.uint8], held_out_fold: int, factor: int) -> npt.NDArray[np.bool_]:
+def _held_out(
+    fold: npt.NDArray[np.uint8], held_out_fold: int, factor: int
+) -> npt.NDArray[np.bool_]:
     """Cells of a pixel size that contain a pixel of the held-out fold, (N, h/f, w/f)."""
     n, h, w = fold.shape
     out: npt.NDArray[np.bool_] = (
@@ -263,9 +267,9 @@ class Sampler:
         for _ in range(size):
             chip, row, col = self._origin()
             turn, flip = (self._int(4), self._int(2)) if self._aug.flips else (0, 0)
-            for f, x in self._x.items():
+            for f, src in self._x.items():
                 r, c, n = row // f, col // f, self.crop_px // f
-                xs[f].append(_turned(x[chip, :, r : r + n, c : c + n], turn, flip))
+                xs[f].append(_turned(src[chip, :, r : r + n, c : c + n], turn, flip))
             here = np.s_[chip, row : row + self.crop_px, col : col + self.crop_px]
             for t, y in self._y.items():
                 ys[t].append(_turned(y[here], turn, flip))
@@ -274,7 +278,8 @@ class Sampler:
         x = {f: torch.stack(v) for f, v in xs.items()}
         self._jitter(x)
         x = {f: v.contiguous(memory_format=torch.channels_last) for f, v in x.items()}
-        return x, {t: torch.stack(v) for t, v in ys.items()}, {t: torch.stack(v) for t, v in ws.items()}
+        labels = {t: torch.stack(v) for t, v in ys.items()}
+        return x, labels, {t: torch.stack(v) for t, v in ws.items()}
 
     def _jitter(self, x: dict[int, Tensor]) -> None:
         """Gain, bias and dropout of features and modalities, in place."""

@@ -1,0 +1,304 @@
+"""Fusion network: geometry, missing data, tiles; losses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from terraloom.errors import ModelError, StateError
+from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation, index_pairs
+from terraloom.models.heads import TaskSpec
+from terraloom.models.losses import (
+    MultiTaskLoss,
+    SegmentationLoss,
+    boundary_loss,
+    class_weights,
+    gaussian_nll,
+    segmentation_loss,
+)
+from terraloom.models.registry import card_path, load_member, save_member
+
+S2_10 = ("B02", "B03", "B04", "B08")
+S2_20 = ("B05", "B06", "B07", "B8A", "B11", "B12")
+S2_60 = ("B01", "B09", "B10")
+CHANNELS = {"s2_10": S2_10, "s2_20": S2_20, "s2_60": S2_60}
+COVER = TaskSpec("cover", "segmentation", ("a", "b", "c"))
+HEIGHT = TaskSpec("height", "regression", unit="m", mean=8.0, std=4.0)
+EDGE = TaskSpec("edge", "boundary")
+TASKS = (COVER, HEIGHT, EDGE)
+
+
+def make_net(depth: int = 3, convs: int = 1, channels: dict[str, tuple[str, ...]] = CHANNELS,
+             **kw: bool) -> FusionNet:  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = FusionNet(FusionSpec(channels, TASKS, width=6, depth=depth, convs=convs, **kw))
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                assert m.running_mean is not None and m.running_var is not None
+                m.running_mean.uniform_(-0.2, 0.2)
+                m.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def scene(h: int, w: int, n: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand((n, len(c), math.ceil(h / f), math.ceil(w / f)), generator=g)
+        for (name, c), f in zip(CHANNELS.items(), (1, 2, 6), strict=True)
+    }
+
+
+def cut(x: dict[str, Tensor], top: int, left: int, h: int, w: int) -> dict[str, Tensor]:
+    """Window of a scene; NaN outside of it."""
+    out = {}
+    for name, f in (("s2_10", 1), ("s2_20", 2), ("s2_60", 6)):
+        src = x[name]
+        box = src.new_full((src.shape[0], src.shape[1], h // f, w // f), math.nan)
+        t, left_f = top // f, left // f
+        r0, c0 = max(t, 0), max(left_f, 0)
+        r1, c1 = min(t + h // f, src.shape[2]), min(left_f + w // f, src.shape[3])
+        box[:, :, r0 - t : r1 - t, c0 - left_f : c1 - left_f] = src[:, :, r0:r1, c0:c1]
+        out[name] = box
+    return out
+
+
+@pytest.mark.parametrize(("depth", "convs"), [(2, 1), (3, 1), (3, 2), (4, 1)])
+def test_receptive_field_equals_reach_of_gradient(depth: int, convs: int) -> None:
+    net = make_net(depth, convs, indices=False)
+    for name, p in net.named_parameters():
+        # Positive weights: no path from input to output can cancel or be cut by a ReLU.
+        p.data.fill_(0.05 if p.ndim > 1 else (1.0 if name.endswith("weight") else 0.1))
+    rf, s, halo = net.receptive_field_px(), net.stride_px, net.halo_px()
+    # One window per position within a stride; narrow windows suffice, as rows are measured.
+    x = {k: v.double().requires_grad_() for k, v in scene(2 * halo + 2 * s, s, n=s).items()}
+    at = halo + torch.arange(s)
+    net.double()(x)["cover"][torch.arange(s), 0, at, 0].sum().backward()
+    reach = 0
+    for name, f in (("s2_10", 1), ("s2_20", 2), ("s2_60", 6)):
+        grad = x[name].grad
+        assert grad is not None
+        for n, row in enumerate(at.tolist()):
+            seen = torch.nonzero(grad[n].abs().sum((0, 2)))[:, 0]
+            reach = max(reach, row - int(seen.min()) * f, int(seen.max()) * f + f - 1 - row)
+    assert reach == rf
+    assert rf <= net.halo_px() < rf + s
+
+
+def test_tiles_with_halo_equal_the_whole_scene() -> None:
+    net = make_net(depth=3, convs=1)
+    h, w = 144, 168
+    x = scene(h, w)
+    x["s2_10"][:, :, 30:60, 40:90] = math.nan
+    halo, whole = net.halo_px(), net.predict(cut(x, -24, -24, h + 48, w + 48))
+    pad_whole = {k: v[..., 24:-24, 24:-24] for k, v in whole.items()}
+    assert halo % net.stride_px == 0
+    # The whole scene gets the same surroundings as the tiles: a full halo of missing data.
+    full = net.predict(cut(x, -halo, -halo, h + 2 * halo, w + 2 * halo))
+    full = {k: v[..., halo:-halo, halo:-halo] for k, v in full.items()}
+    for size in (24, 48, 72):
+        for name, want in full.items():
+            got = torch.full_like(want, math.nan)
+            for top in range(0, h, size):
+                for left in range(0, w, size):
+                    tile = cut(x, top - halo, left - halo, size + 2 * halo, size + 2 * halo)
+                    core = net.predict(tile)[name][..., halo:-halo, halo:-halo]
+                    core = core[..., : h - top, : w - left]
+                    got[..., top : top + size, left : left + size] = core
+            assert float((got - want).abs().max()) < 1e-5
+    rf = net.receptive_field_px()
+    for name, v in full.items():
+        inner = (slice(rf, h - rf), slice(rf, w - rf))
+        assert float((v[0, 0][inner] - pad_whole[name][0, 0][inner]).abs().max()) < 1e-5
+
+
+def test_too_small_a_halo_shows() -> None:
+    net = make_net(depth=3, convs=1)
+    x = scene(144, 144)
+    want = net.predict(x)["cover"]
+    got = net.predict(cut(x, 24, 24, 72, 72))["cover"]
+    assert float((got - want[..., 24:96, 24:96]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (37, 53), (96, 97), (50, 144)])
+def test_any_window_size(h: int, w: int) -> None:
+    out = make_net().predict(scene(h, w, n=2))
+    assert out["cover"].shape == (2, 3, h, w)
+    assert out["height"].shape == (2, 2, h, w)
+    assert out["edge"].shape == (2, 1, h, w)
+    assert all(bool(torch.isfinite(v).all()) for v in out.values())
+    assert torch.allclose(out["cover"].sum(1), torch.ones(2, h, w), atol=1e-5)
+
+
+def test_batch_does_not_matter() -> None:
+    net, x = make_net(), scene(48, 48, n=3)
+    alone = torch.cat([net.predict({k: v[i : i + 1] for k, v in x.items()})["cover"]
+                       for i in range(3)])  # fmt: skip
+    assert float((net.predict(x)["cover"] - alone).abs().max()) < 1e-5
+
+
+def test_missing_modality_is_the_same_as_invalid_everywhere() -> None:
+    net, x = make_net(), scene(48, 48)
+    without = {k: v for k, v in x.items() if k != "s2_20"}
+    invalid = {**x, "s2_20": torch.full_like(x["s2_20"], math.nan)}
+    a, b = net.predict(without)["cover"], net.predict(invalid)["cover"]
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, net.predict(x)["cover"])
+
+
+def test_mask_tells_invalid_from_mean() -> None:
+    net, x = make_net(indices=False), scene(48, 48)
+    mean = {**x, "s2_10": torch.zeros_like(x["s2_10"])}
+    invalid = {**x, "s2_10": torch.full_like(x["s2_10"], math.nan)}
+    assert not torch.allclose(net.predict(mean)["cover"], net.predict(invalid)["cover"])
+
+
+def test_wrong_inputs_are_refused() -> None:
+    net, x = make_net(), scene(48, 48)
+    with pytest.raises(ModelError, match="s2_10"):
+        net({**x, "s2_10": x["s2_10"][:, :2]})
+    with pytest.raises(ModelError, match="s2_20"):
+        net({**x, "s2_20": x["s2_20"][..., :-1]})
+    with pytest.raises(ModelError):
+        net({"thermal": x["s2_10"]})
+    with pytest.raises(ModelError, match="training mode"):
+        make_net().train().predict(x)
+
+
+def test_indices_pair_bands_of_one_period() -> None:
+    names = ("2018-05_B04", "2018-05_B08", "2018-08_B08", "2018-08_B04")
+    assert index_pairs("s2_10", names) == [(1, 0), (2, 3)]
+    assert index_pairs("s2_10", S2_10) == [(3, 2), (1, 3)]
+    net = make_net(channels={"s2_10": S2_10})
+    x = torch.rand(1, 4, 6, 6)
+    ndvi = (x[:, 3] - x[:, 2]) / (x[:, 3] + x[:, 2])
+    assert torch.allclose(net.features("s2_10", x)[:, 4], ndvi, atol=1e-2)
+
+
+def test_linear_power_becomes_decibels() -> None:
+    spec = FusionSpec({"s1_10": ("VV", "VH")}, (COVER,))
+    net = FusionNet(spec, {"s1_10": Normalisation((0.0, 0.0), (1.0, 1.0), decibel=True)})
+    x = torch.tensor([0.1, 0.01]).view(1, 2, 1, 1)
+    assert net.features("s1_10", x).flatten().tolist() == pytest.approx([-10.0, -20.0])
+
+
+def test_regression_head_gives_unit_and_lognormal_moments() -> None:
+    net = make_net()
+    raw = torch.tensor([0.5, math.log(0.25)]).view(1, 2, 1, 1)
+    got = net.heads["height"].physical(raw).flatten().tolist()  # type: ignore[operator,union-attr]
+    assert got == pytest.approx([8.0 + 0.5 * 4, 0.25 * 16])
+    skewed = TaskSpec("b", "regression", transform="log1p", mean=1.0, std=0.5)
+    head = FusionNet(FusionSpec(CHANNELS, (skewed,))).heads["b"]
+    m, v = head.physical(torch.tensor([0.4, 0.0]).view(1, 2, 1, 1)).flatten().tolist()  # type: ignore[operator,union-attr]
+    draws = np.expm1(np.random.default_rng(0).normal(1.2, 0.5, 2_000_000))
+    assert m == pytest.approx(draws.mean(), rel=0.01)
+    assert v == pytest.approx(draws.var(), rel=0.03)
+
+
+def test_spec_survives_json_and_bad_specs_are_refused() -> None:
+    spec = FusionSpec(CHANNELS, TASKS, width=8, depth=5)
+    assert FusionSpec.from_json(spec.to_json()) == spec
+    for bad in ({"depth": 1}, {"widths": (4, 4), "depth": 3}):
+        with pytest.raises(ModelError):
+            FusionSpec(CHANNELS, TASKS, **bad)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="thermal"):
+        FusionSpec({"thermal": ("B10",)}, TASKS)
+    with pytest.raises(ModelError):
+        TaskSpec("x", "detection")
+
+
+def test_member_file_round_trip_and_tampering(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    net, path = make_net(), tmp_path / "m.safetensors"
+    norm = {g: Normalisation((0.0,) * n, (1.0,) * n)
+            for g, n in (("s2_10", 6), ("s2_20", 9), ("s2_60", 3))}  # fmt: skip
+    save_member(path, net.state_dict(), net.spec, norm)
+    again, card = load_member(path)
+    x = scene(48, 48)
+    assert float((again.predict(x)["cover"] - net.predict(x)["cover"]).abs().max()) < 1e-6
+    assert card["receptive_field_px"] == net.receptive_field_px()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(StateError, match="differ"):
+        load_member(path)
+    card_path(path).unlink()
+    with pytest.raises(StateError, match="missing"):
+        load_member(path)
+
+
+# --- losses ----------------------------------------------------------------------------------
+def _batch() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return torch.randn((2, 3, 8, 8), generator=g), torch.randint(0, 3, (2, 8, 8), generator=g)
+
+
+def test_cross_entropy_equals_torch_and_ignores() -> None:
+    z, y = _batch()
+    y[0, :4] = 255
+    w = torch.tensor([1.0, 2.0, 0.5])
+    want = nn.functional.cross_entropy(z, y, weight=w, ignore_index=255)
+    assert float(segmentation_loss(z, y, weights=w)) == pytest.approx(float(want), rel=1e-5)
+    z2 = z.clone()
+    z2[0, :, :4] = 99.0
+    assert float(segmentation_loss(z2, y)) == float(segmentation_loss(z, y))
+    assert float(segmentation_loss(z, torch.full_like(y, 255))) == 0.0
+
+
+def test_generalised_cross_entropy_limits() -> None:
+    z, y = _batch()
+    ce = float(segmentation_loss(z, y))
+    near = float(segmentation_loss(z, y, settings=SegmentationLoss(gce_q=1e-4)))
+    assert near == pytest.approx(ce, rel=1e-3)
+    true = z.softmax(1).gather(1, y[:, None]).mean()
+    mae = float(segmentation_loss(z, y, settings=SegmentationLoss(gce_q=1.0)))
+    assert mae == pytest.approx(1 - float(true), rel=1e-5)
+
+
+def test_dice_is_zero_when_right_and_pixel_weights_act() -> None:
+    _, y = _batch()
+    sure = 50 * nn.functional.one_hot(y, 3).permute(0, 3, 1, 2).float()
+    assert float(segmentation_loss(sure, y, settings=SegmentationLoss(dice=1.0))) < 1e-5
+    wrong = sure.roll(1, 1)
+    w = torch.zeros_like(y, dtype=torch.float32)
+    w[0, 0, 0] = 1
+    mixed = wrong.clone()
+    mixed[0, :, 0, 0] = sure[0, :, 0, 0]
+    assert float(segmentation_loss(mixed, y, pixel_weights=w)) < 1e-5
+
+
+def test_class_weights() -> None:
+    w = class_weights([900, 100, 0], 0.5)
+    assert w[1] / w[0] == pytest.approx(3.0) and w[2] == 0
+    assert (w * [900, 100, 0]).sum() / 1000 == pytest.approx(1.0)
+    assert class_weights([5, 95], 0).tolist() == pytest.approx([1, 1])
+    with pytest.raises(ModelError):
+        class_weights([0, 0])
+
+
+def test_gaussian_nll_minimum_and_boundary_masks() -> None:
+    y = torch.tensor([[[1.0, 3.0, math.nan, 2.0]]])
+    best = torch.stack([torch.full((1, 1, 4), 2.0), torch.full((1, 1, 4), math.log(2 / 3))], 1)
+    low = float(gaussian_nll(best, y))
+    assert low == pytest.approx(0.5 * (math.log(2 / 3) + 1), rel=1e-5)
+    for shift in (torch.tensor([0.3, 0.0]), torch.tensor([0.0, 0.3]), torch.tensor([0.0, -0.3])):
+        assert float(gaussian_nll(best + shift.view(1, 2, 1, 1), y)) > low
+    t = torch.tensor([[[0.0, 1.0, math.nan]]])
+    z = torch.tensor([[[[-30.0, 30.0, 7.0]]]])
+    assert float(boundary_loss(z, t, l1=1.0)) < 1e-6
+
+
+def test_tasks_start_level_and_absent_labels_are_skipped() -> None:
+    tasks = (COVER, TaskSpec("edge", "boundary", weight=0.5))
+    loss = MultiTaskLoss(tasks)
+    z, y = _batch()
+    e = torch.full((2, 8, 8), 0.5)
+    raw = {"cover": z, "edge": torch.zeros(2, 1, 8, 8)}
+    total, each = loss(raw, {"cover": y, "edge": e})
+    assert total is not None and float(total) == pytest.approx(1.5, rel=1e-5)
+    assert loss.initial == pytest.approx(each)
+    only, each = loss(raw, {"cover": y, "edge": torch.full_like(e, math.nan)})
+    assert set(each) == {"cover"} and only is not None and float(only) == pytest.approx(1.0)
+    none, _ = loss(raw, {"cover": torch.full_like(y, 255), "edge": torch.full_like(e, math.nan)})
+    assert none is None
