@@ -200,7 +200,8 @@ def fit_baseline(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Fit the per-pixel random forest on the same folds."""
     from terraloom.assess.held_out import fit_baseline as run
 
-    run(_load(campaign))
+    c = _load(campaign)
+    run(c, _grid(c))
 
 
 @app.command(rich_help_panel=MODEL)

@@ -155,7 +155,9 @@ def write_store(path: Path | str, dataset: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-store-") as folder:
         root = Path(folder) / "store"
-        dataset.to_zarr(root, mode="w", zarr_format=3, consolidated=False)
+        # Fixed-width text has no settled place in zarr 3; variable-width text has.
+        text = {k: v.astype(object) for k, v in dataset.coords.items() if v.dtype.kind == "U"}
+        dataset.assign_coords(text).to_zarr(root, mode="w", zarr_format=3, consolidated=False)
         with atomic(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(p for p in root.rglob("*") if p.is_file()):
                 info = zipfile.ZipInfo(file.relative_to(root).as_posix(), _ZIP_DATE)
@@ -194,13 +196,20 @@ def _open(href: str | Path) -> Any:
     from rasterio.errors import RasterioIOError
 
     try:
-        return rasterio.open(href, driver=list(DRIVERS))
+        src = rasterio.open(href)
     except RasterioIOError as err:
         raise SceneError(
             f"the raster cannot be opened ({err})",
             where=str(href),
             fix="check that the file is there and complete; fetch it again",
         ) from err
+    if src.driver not in DRIVERS:
+        src.close()
+        raise SceneError(
+            f"format {src.driver}", where=str(href), allowed=", ".join(DRIVERS),
+            fix="convert it to a cloud-optimised GeoTIFF",
+        )  # fmt: skip
+    return src
 
 
 def read_window(
@@ -246,7 +255,7 @@ def read_window(
                 resampling=Resampling[resampling],
                 src_nodata=nodata,
                 nodata=nodata,
-                tolerance=0,  # an approximate warp would depend on the window
+                tolerance=0.001,  # pixels; the default .125 would show at tile borders
             ) as vrt:
                 data: npt.NDArray[Any] = vrt.read(band)
                 return data

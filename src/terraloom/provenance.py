@@ -24,19 +24,15 @@ import yaml
 
 from terraloom.errors import StateError
 from terraloom.io import digest_json, sha256, write_text
-from terraloom.versions import call_dvc, locked_outs
+from terraloom.versions import MILESTONES, PROVENANCE, call_dvc, locked_outs
 
 __all__ = ["MILESTONES", "PROVENANCE", "RECORD_FORMAT", "restore_state", "save_state"]
 
-#: Milestones in the order in which they are made.
-MILESTONES = ("scenes", "chips", "model", "map")
-#: Name of the file with the records, in the folder of a milestone.
-PROVENANCE = "provenance.jsonl"
 #: Snakemake's record format that this module reads and writes.
 RECORD_FORMAT = 6
 
 _SNAKEMAKE = Path(".snakemake")
-#: Files of the archive that rules make; kept on a restore if they fit. Files put there by hand stay.
+#: What rules make here stays on a restore if it fits; what people put here always stays.
 _MADE = "resources/"
 #: Facts about one execution, not about what was executed.
 _OCCASION = ("starttime", "endtime", "job_hash", "incomplete", "external_jobid")
@@ -188,9 +184,8 @@ def _check_inputs(run_dir: Path, chosen: Mapping[str, Records]) -> None:
     readers: dict[tuple[str, str], str] = {}
     for part in chosen.values():
         for output, record in part.items():
-            if _below_results(output):
-                for path, digest in (record.get("input_checksums") or {}).items():
-                    readers.setdefault((path, str(digest).removeprefix("sha256:")), output)
+            for path, digest in (record.get("input_checksums") or {}).items():
+                readers.setdefault((path, str(digest).removeprefix("sha256:")), output)
     now: dict[str, str] = {}
     wrong = []
     for (path, digest), output in sorted(readers.items()):
@@ -338,7 +333,7 @@ def _stored(run_dir: Path, milestone: str) -> Records:
         try:
             record = json.loads(line)
             output = str(record.pop("output"))
-        except (json.JSONDecodeError, KeyError, AttributeError) as err:
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as err:
             raise StateError(
                 "not a record", where=where, fix="terraloom state verify; then restore again"
             ) from err

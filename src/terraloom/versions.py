@@ -19,12 +19,22 @@ import yaml
 
 from terraloom.errors import StateError
 
-__all__ = ["call_dvc", "locked_outs", "state_log", "verify_state"]
+__all__ = [
+    "MILESTONES",
+    "PROVENANCE",
+    "call_dvc",
+    "locked_outs",
+    "state_log",
+    "verify_state",
+]
+
+#: Milestones in the order in which they are made.
+MILESTONES = ("scenes", "chips", "model", "map")
+#: Name of the file with Snakemake's records, in the folder of a milestone.
+PROVENANCE = "provenance.jsonl"
 
 _LOCK = "dvc.lock"
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
-#: A milestone needs one; see terraloom.provenance.
-_PROVENANCE = "provenance.jsonl"
 _SHOWN = 50
 
 
@@ -78,7 +88,9 @@ def locked_outs(run_dir: Path) -> dict[str, str]:
 
 def _outs(text: str) -> dict[str, str]:
     stages = (yaml.safe_load(text) or {}).get("stages") or {}
-    return {o["path"]: o["md5"] for s in stages.values() for o in s.get("outs") or ()}
+    outs = {o["path"]: o["md5"] for s in stages.values() for o in s.get("outs") or ()}
+    order = {f"results/{m}": i for i, m in enumerate(MILESTONES)}
+    return dict(sorted(outs.items(), key=lambda out: (order.get(out[0], len(order)), out[0])))
 
 
 def verify_state(run_dir: Path = Path()) -> str:
@@ -141,8 +153,8 @@ def _compare(run_dir: Path, cache: Path, out: str, expected: Mapping[str, str]) 
     if root.is_dir():
         here = {p.relative_to(run_dir).as_posix() for p in root.rglob("*") if p.is_file()}
         yield from (f"{path}: not in {_LOCK}" for path in sorted(here - set(expected)))
-        if out.startswith("results/") and f"{out}/{_PROVENANCE}" not in expected:
-            yield f"{out}: recorded without {_PROVENANCE} (terraloom state save)"
+        if out.startswith("results/") and f"{out}/{PROVENANCE}" not in expected:
+            yield f"{out}: recorded without {PROVENANCE} (terraloom state save)"
 
 
 def _object_names(run_dir: Path, cache: Path, outs: Mapping[str, str]) -> dict[str, str]:

@@ -89,6 +89,14 @@ def test_same_seed_same_bytes_and_card(tmp_path: Path) -> None:
     assert not net.training
 
 
+def test_trains_with_deterministic_algorithms_required() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        fit_member(make_chips(1), TASKS, FAST, held_out_fold=0, member=0, seed=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_global_random_state_is_untouched() -> None:
     torch.manual_seed(5)
     want = torch.rand(3)
@@ -137,7 +145,7 @@ def test_it_learns_all_tasks() -> None:
     error = height.p[0, :, 0] - height.y
     assert np.sqrt((error**2).mean()) < 0.5 * height.y.std()
     p, y = held["edge"].p[0, :, 0], held["edge"].y > 0.5
-    assert p[y].mean() > p[~y].mean() + 0.1
+    assert p[y].mean() > 1.3 * p[~y].mean()
     assert all(np.nanmean(h[-5:]) < np.nanmean(h[:5]) for h in fit.history.values())
 
 

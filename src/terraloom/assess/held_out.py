@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -25,13 +28,16 @@ from terraloom.assess.reliability import (
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign, Task
 from terraloom.errors import StateError
-from terraloom.grid import geobox_from_record
+from terraloom.grid import CampaignGrid, geobox_from_record
 from terraloom.io import read_json, read_store, write_json, write_text
+from terraloom.labels.chips import cut_chips
 from terraloom.labels.noise import suspect_labels
 from terraloom.labels.rasterise import NO_LABEL, burn
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.models.heads import TaskSpec
+from terraloom.preprocess.cube import build_tile
+from terraloom.preprocess.scenes import gather_scenes
 from terraloom.train.baseline import pixel_forest
 from terraloom.train.calibrate import Reliability, reliability
 from terraloom.train.ensemble import averaged, cross_fitted_average, fit_ensemble_temperature
@@ -265,21 +271,32 @@ def _say(record: dict[str, Any]) -> None:
                  scores["macro_f1"])  # fmt: skip
 
 
-def fit_baseline(campaign: Campaign) -> None:
+def fit_baseline(campaign: Campaign, grid: CampaignGrid) -> None:
     """Per-pixel random forest on all bands, on the same folds; writes ``baseline.json``.
 
     Two scores: on the pixels that the networks are scored on, and on all labelled pixels, clouds
     and shadows included, which is what a map without masks would face.
     """
-    chips = read_store(CHIPS).load()
     task = next(t for t in task_specs(campaign) if t.name == campaign.land_cover.name)
-    scores = {"same_pixels": _forest_scores(chips, task, campaign.seed)}
-    if f"y_{task.name}_unmasked" in chips:
-        unmasked = chips.drop_vars(f"y_{task.name}").rename(
-            {f"y_{task.name}_unmasked": f"y_{task.name}"}
-        )
-        scores["all_pixels"] = _forest_scores(unmasked, task, campaign.seed)
+    masked = read_store(CHIPS).load()
+    plain = _unmasked_chips(campaign, grid)
+    scores = {
+        "same_pixels": _forest_scores(masked, task, campaign.seed),
+        "all_pixels": _forest_scores(plain, task, campaign.seed),
+    }
     write_json(MODEL / "baseline.json", scores)
+
+
+def _unmasked_chips(campaign: Campaign, grid: CampaignGrid) -> xr.Dataset:
+    """The same chips from cubes in which nothing is masked."""
+    folder = Path("work/unmasked")
+    scenes = [replace(s, masks=()) for s in gather_scenes(campaign)]
+    for tile in grid.tiles():
+        build_tile(tile, grid, campaign, scenes, folder / f"{tile.name}.zip", "unmasked")
+    for name in ("folds.gpkg", "labels.json"):
+        shutil.copyfile(CHIPS.with_name(name), folder / name)
+    cut_chips(campaign, grid, folder, folder)
+    return read_store(folder / "chips.zip").load()
 
 
 def _forest_scores(chips: xr.Dataset, task: TaskSpec, seed: int) -> dict[str, float]:

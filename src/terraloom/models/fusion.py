@@ -181,7 +181,7 @@ class FusionNet(nn.Module):
             blocks = [_Block(c_in if i == 0 else w[level], w[level], 3) for i in range(spec.convs)]
             self.encode.append(nn.Sequential(*blocks))
         self.lift = nn.ModuleList(_Block(w[i + 1], w[i], 1) for i in range(spec.depth - 1))
-        self.decode = nn.ModuleList(_Block(2 * w[i], w[i], 3) for i in range(spec.depth - 1))
+        self.decode = nn.ModuleList(_Block(w[i], w[i], 3) for i in range(spec.depth - 1))
         self.drop = nn.Dropout2d(spec.dropout)
         self.heads = nn.ModuleDict({t.name: make_head(t, w[0]) for t in spec.tasks})
 
@@ -312,7 +312,7 @@ class FusionNet(nn.Module):
     # --- network -------------------------------------------------------------------------------
     def trunk(self, x: Mapping[int, Tensor]) -> Tensor:
         """Shared features (N, width, h, w) at 10 m of prepared inputs."""
-        skips = [self.stem10(x[1])]
+        skips: list[Tensor] = [self.stem10(x[1])]
         mean, square, rest = x[1], x[1] ** 2, None
         coarse = [x[2]] if 2 in x else []
         if 6 in x:
@@ -328,10 +328,10 @@ class FusionNet(nn.Module):
                 rest = torch.cat(coarse, 1)
             parts = [down(skips[-1]), mean, spread]
             skips.append(encode(torch.cat(parts if rest is None else [*parts, rest], 1)))
-        f = skips[-1]
+        f: Tensor = skips[-1]
         for level in reversed(range(self.spec.depth - 1)):
             up = F.interpolate(self.lift[level](f), scale_factor=2, mode="nearest-exact")
-            f = self.decode[level](torch.cat([up, skips[level]], 1))
+            f = self.decode[level](up + skips[level])
         return f
 
     def forward_prepared(self, x: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,8 @@ def haze_index(blue: npt.NDArray[Any], red: npt.NDArray[Any]) -> npt.NDArray[Any
 
 
 def _sigmoid(x: npt.NDArray[Any]) -> F32:
-    return (1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))).astype(np.float32)
+    out: F32 = (1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))).astype(np.float32)
+    return out
 
 
 def _low(values: npt.NDArray[Any], pct: float, most: float) -> float:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from odc.geo.geobox import GeoBox
 from scipy import fft, ndimage
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from terraloom.errors import SceneError
 
@@ -158,7 +159,10 @@ def _refine(
 
 
 def _structure(image: FloatArray, valid: BoolArray) -> FloatArray:
-    """Gradient magnitude of a filled image, 0 near invalid pixels: edges stay when crops turn from dark to bright."""
+    """Gradient magnitude of a filled image, 0 near invalid pixels.
+
+    Edges between fields stay where they are when crops turn from dark to bright.
+    """
     smooth = ndimage.gaussian_filter(image, 0.7, truncate=3.0)
     gradient = np.hypot(
         ndimage.correlate1d(smooth, [-0.5, 0.0, 0.5], axis=0),
@@ -229,8 +233,9 @@ def estimate_shift(
     mov = moving[None] if moving.ndim == 2 else moving
     if ref.shape != mov.shape:
         raise SceneError(f"reference {ref.shape} and scene {mov.shape} differ in shape")
-    finite = np.isfinite(ref).all(axis=0) & np.isfinite(mov).all(axis=0)
-    usable = finite if valid is None else finite & valid
+    usable: BoolArray = np.isfinite(ref).all(axis=0) & np.isfinite(mov).all(axis=0)
+    if valid is not None:
+        usable &= valid
     prepare = _structure if gradient else _centred
     windows = _windows(usable, window_px)
     fixed = _spectra([prepare(b, usable) for b in _fill(ref, usable)], windows)
@@ -239,7 +244,10 @@ def estimate_shift(
     for k in range(max(1, iterations)):
         bands = filled if k == 0 else [apply_shift(b, (-total[0], -total[1])) for b in filled]
         moved = _spectra([prepare(b, usable) for b in bands], windows)
-        step = _combine(_measure(fixed, moved, windows, max_shift_px, upsample))
+        # The products are tiny: threads would only wait for each other (5 times slower).
+        with threadpool_limits(limits=1, user_api="blas"):
+            found = _measure(fixed, moved, windows, max_shift_px, upsample)
+        step = _combine(found)
         if not step.known:
             return result
         total = (total[0] + step.dy_px, total[1] + step.dx_px)
@@ -374,7 +382,7 @@ def solve_shifts(
 ) -> list[Shift]:
     """Shifts of all scenes of one grid in one frame.
 
-    The clearest scene is the first reference; then each scene is measured against the median of
+    The clearest scene is the first reference; then each scene is measured against the mean of
     the others, put back by what is known so far. Without a reference image the frame is the mean
     over the scenes: only differences between scenes can be observed, a common shift of all of
     them against the world cannot, and none is claimed. With a reference image (a reference
@@ -385,7 +393,7 @@ def solve_shifts(
         valid: T arrays (H, W) bool, clear pixels.
         reference: Array like one of ``images``.
         max_shift_px: Larger shifts are unknown.
-        rounds: Refinements against the median of the others.
+        rounds: Refinements against the mean of the others.
         window_px: Size of the windows.
 
     Returns:
@@ -410,12 +418,12 @@ def solve_shifts(
         else estimate_shift(
             images[clearest], im, ok & valid[clearest], max_shift_px=2.0 * max_shift_px,
             window_px=window_px,
-        )  # fmt: skip
+        )
         for i, (im, ok) in enumerate(zip(images, valid, strict=True))
     ]
     shifts = _to_mean(shifts)
     for _ in range(rounds if len(images) > 2 else 0):
-        shifts = _to_mean(_against_median(images, valid, shifts, max_shift_px, window_px))
+        shifts = _to_mean(_against_others(images, valid, shifts, max_shift_px, window_px))
     return [s if s.known and math.hypot(s.dy_px, s.dx_px) <= max_shift_px else _UNKNOWN
             for s in shifts]  # fmt: skip
 
@@ -429,50 +437,49 @@ def _to_mean(shifts: Sequence[Shift]) -> list[Shift]:
     return [replace(s, dy_px=s.dy_px - dy, dx_px=s.dx_px - dx) if s.known else s for s in shifts]
 
 
-def _against_median(
+def _against_others(
     images: Sequence[FloatArray],
     valid: Sequence[BoolArray],
     shifts: Sequence[Shift],
     max_shift_px: float,
     window_px: int,
 ) -> list[Shift]:
-    """Each scene against the median of the others, all put back by their present shifts."""
-    stack = []
-    for image, ok, shift in zip(images, valid, shifts, strict=True):
-        bands = image[None] if image.ndim == 2 else image
-        fine = ok & np.isfinite(bands).all(axis=0)
-        offset = (shift.dy_px, shift.dx_px) if shift.known else (0.0, 0.0)
-        back = (-offset[0], -offset[1])
-        moved = np.stack([apply_shift(b, back) for b in _fill(bands, fine)])
-        moved_ok = ndimage.shift(fine.astype(np.float32), back, order=1, mode="nearest") > 0.9
-        if not shift.known:
-            moved_ok[:] = False
-        stack.append(np.where(moved_ok, moved, np.nan))
-    cube = np.stack(stack)
+    """Each scene against the mean of the others, all put back by their present shifts.
+
+    The mean, because leaving one scene out of it costs a subtraction; clouds are masked before.
+    """
+    shape = images[0].shape if images[0].ndim == 3 else (1, *images[0].shape)
+    total, count = np.zeros(shape, dtype=np.float32), np.zeros(shape[1:], dtype=np.float32)
+    aligned = [_aligned(im, ok, s) for im, ok, s in zip(images, valid, shifts, strict=True)]
+    for bands, weight in aligned:
+        total += bands
+        count += weight
     out = []
     for i, (image, ok) in enumerate(zip(images, valid, strict=True)):
-        others = np.delete(cube, i, axis=0)
-        reference = _median(others)
+        rest = count - aligned[i][1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            reference = np.where(rest > 0.5, (total - aligned[i][0]) / rest, np.nan)
         out.append(
             estimate_shift(
                 reference, image if image.ndim == 3 else image[None], ok,
                 max_shift_px=2.0 * max_shift_px, window_px=window_px,
-            )  # fmt: skip
+            )
         )
     return out
 
 
-def _median(cube: FloatArray) -> FloatArray:
-    """Median over the first axis without NaN; NaN where all are."""
-    ordered = np.sort(cube, axis=0)
-    n = np.isfinite(ordered).sum(axis=0)
-    low = np.maximum(n - 1, 0) // 2
-    high = np.minimum(n // 2, cube.shape[0] - 1)
-    middle: FloatArray = 0.5 * (
-        np.take_along_axis(ordered, low[None], 0)[0]
-        + np.take_along_axis(ordered, high[None], 0)[0]
-    )
-    return middle
+def _aligned(
+    image: FloatArray, ok: BoolArray, shift: Shift
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """(B, H, W) values put back by the shift, 0 where invalid, and (H, W) weights 0 or 1."""
+    bands = image if image.ndim == 3 else image[None]
+    if not shift.known:
+        return np.zeros(bands.shape, np.float32), np.zeros(bands.shape[1:], np.float32)
+    fine = ok & np.isfinite(bands).all(axis=0)
+    back = (-shift.dy_px, -shift.dx_px)
+    weight = ndimage.shift(fine.astype(np.float32), back, order=1, mode="nearest") > 0.9
+    moved = np.stack([apply_shift(b, back) for b in _fill(bands, fine)])
+    return np.where(weight, moved, 0.0).astype(np.float32), weight.astype(np.float32)
 
 
 def shifted_geobox(geobox: GeoBox, shift: Shift, *, pixel_m: float | None = None) -> GeoBox:

@@ -169,6 +169,8 @@ def _groups(campaign: Campaign) -> dict[str, tuple[str, list[str], int]]:
 def _reasons(scenes: Sequence[Scene], tile: Tile, counts: npt.NDArray[np.uint8]) -> Bits:
     """Why a pixel has no clear optical observation in any period: all reasons seen, else 0."""
     bits = np.zeros(tile.geobox.shape, np.uint8)
+    if not scenes:  # nothing optical: radar and elevation see through clouds
+        return bits
     for scene in scenes:
         bits |= mask_on(tile.geobox, scene)
     bits &= np.uint8(INVALID)

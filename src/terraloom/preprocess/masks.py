@@ -9,7 +9,6 @@ size of the source.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -295,7 +294,8 @@ def _model_probability(bands: Bands, resolution_m: float) -> F32:
     y = (np.arange(shape[0]) + 0.5) / factor - 0.5
     x = (np.arange(shape[1]) + 0.5) / factor - 0.5
     grid = np.meshgrid(y, x, indexing="ij")
-    return ndimage.map_coordinates(filled, grid, order=1, mode="nearest").astype(np.float32)
+    out: F32 = ndimage.map_coordinates(filled, grid, order=1, mode="nearest").astype(np.float32)
+    return out
 
 
 def _block_mean(band: npt.NDArray[Any], factor: int) -> F32:

@@ -62,7 +62,8 @@ def invalid_mask(
     reasons: npt.NDArray[np.uint8], invalid: int = int(INVALID)
 ) -> npt.NDArray[np.bool_]:
     """True where any bit of ``invalid`` is set; same shape as ``reasons``."""
-    return (reasons & np.uint8(invalid)) != 0
+    mask: npt.NDArray[np.bool_] = (reasons & np.uint8(invalid)) != 0
+    return mask
 
 
 def reason_pct(reasons: npt.NDArray[np.uint8]) -> dict[str, float]:

@@ -159,9 +159,10 @@ def darkness(
         should = np.where(np.isfinite(background), background, should)
     with np.errstate(divide="ignore", invalid="ignore"):
         drop = (should - band) / (should * full_drop)
-    return np.clip(np.nan_to_num(drop, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0).astype(
-        np.float32
-    )
+    out: npt.NDArray[np.float32] = np.clip(
+        np.nan_to_num(drop, nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0
+    ).astype(np.float32)
+    return out
 
 
 def local_median(band: FloatArray, clear: BoolArray, window_px: float) -> FloatArray:
@@ -185,7 +186,10 @@ def local_median(band: FloatArray, clear: BoolArray, window_px: float) -> FloatA
     y = (np.arange(height) + 0.5) / block - 0.5
     x = (np.arange(width) + 0.5) / block - 0.5
     grid = np.meshgrid(y, x, indexing="ij")
-    return ndimage.map_coordinates(coarse, grid, order=1, mode="nearest").astype(np.float32)
+    level: npt.NDArray[np.float32] = ndimage.map_coordinates(
+        coarse, grid, order=1, mode="nearest"
+    ).astype(np.float32)
+    return level
 
 
 def _heights(step_m: float) -> npt.NDArray[np.float64]:

@@ -136,7 +136,7 @@ def apply_temperature(p: npt.ArrayLike, temperature: float | npt.ArrayLike) -> A
     """
     t = np.asarray(temperature, dtype=np.float64)
     if not (np.isfinite(t).all() and (t > 0).all()):
-        raise ModelError(f"temperature {temperature}", allowed="> 0")
+        raise ModelError(f"temperature {t.tolist()}", allowed="> 0")
     z = np.log(np.asarray(p, dtype=np.float64).clip(_FLOOR)) / t
     z = np.exp(z - z.max(-1, keepdims=True))
     return np.asarray(z / z.sum(-1, keepdims=True))

@@ -221,7 +221,11 @@ class Sampler:
         for y in self._y.values():
             flat = y.reshape(-1)
             if flat.dtype == torch.uint8:
-                groups = [torch.nonzero(flat == int(k))[:, 0] for k in flat.unique() if k != IGNORE]
+                groups = [
+                    torch.nonzero(flat == int(k))[:, 0]
+                    for k in np.unique(flat.numpy())
+                    if k != IGNORE
+                ]
             else:
                 groups = [g for g in [torch.nonzero(torch.isfinite(flat))[:, 0]] if len(g)]
             if groups:
@@ -235,7 +239,7 @@ class Sampler:
         hit = torch.zeros(self._shape[0], dtype=torch.bool)
         for _, groups in self._pools:
             for g in groups:
-                hit[(g // (self._shape[1] * self._shape[2])).unique()] = True
+                hit[g // (self._shape[1] * self._shape[2])] = True
         area = self._shape[1] * self._shape[2] / self.crop_px**2
         return max(1, round(int(hit.sum()) * area))
 
