@@ -25,6 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+state_app = typer.Typer(help="Go back to an earlier version, exactly.", no_args_is_help=True)
+app.add_typer(state_app, name="state")
+
 CampaignFile = Annotated[Path, typer.Option("--campaign", help="Campaign file.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder or file to write.")]
 RUN_CAMPAIGN = Path("work/campaign.yaml")
@@ -79,6 +82,42 @@ def schema(
 
     write_text(folder / "schema.json", schema_text())
     write_text(folder / "README.md", tables_text())
+
+
+@state_app.command("save")
+def state_save(
+    milestones: Annotated[
+        list[str] | None, typer.Argument(help="scenes, chips, model, map; default: all there.")
+    ] = None,
+) -> None:
+    """Store the provenance of finished milestones beside their files."""
+    from terraloom.provenance import save_state
+
+    typer.echo(save_state(milestones=milestones or None))
+
+
+@state_app.command("restore")
+def state_restore() -> None:
+    """Bring back the milestones of the checked-out commit, with their provenance."""
+    from terraloom.provenance import restore_state
+
+    typer.echo(restore_state())
+
+
+@state_app.command("verify")
+def state_verify() -> None:
+    """Hash all milestones and their stored copies again."""
+    from terraloom.versions import verify_state
+
+    typer.echo(verify_state())
+
+
+@state_app.command("log")
+def state_log() -> None:
+    """List the releases with their scores."""
+    from terraloom.versions import state_log as run
+
+    typer.echo(run())
 
 
 @app.command(rich_help_panel=SCENES)

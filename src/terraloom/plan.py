@@ -21,7 +21,7 @@ from terraloom.config.campaign import Campaign
 from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError
 from terraloom.grid import CampaignGrid
-from terraloom.io import write_text
+from terraloom.io import digest_json, write_text
 
 __all__ = ["Plan", "Resolved", "product_names", "resolve_campaign"]
 
@@ -178,6 +178,11 @@ class Plan:
             ],
             "map": [*self.product_files, *final],
         }  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """Digest of all keys of the campaign, for what prints them."""
+        return digest_json(self.campaign.model_dump(mode="json"))
 
     def keys(self, *dotted: str) -> str:
         """The values of campaign keys as compact JSON, for the params of a rule."""

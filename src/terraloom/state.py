@@ -7,7 +7,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["code_digest"]
+__all__ = ["code_digest", "files_digest"]
 
 _ROOT = Path(__file__).parent
 _PACKAGE = "terraloom"
@@ -35,6 +35,16 @@ def code_digest(*modules: str) -> str:
         todo.extend(_imports(tree))
     text = "".join(f"{n}:{d};" for n, d in sorted(seen.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=32)
+def files_digest(folder: str) -> str:
+    """Digest of the data files (not Python) in a folder of the package, such as templates."""
+    h = hashlib.sha256()
+    for file in sorted((_ROOT / folder).iterdir()):
+        if file.is_file() and file.suffix != ".py":
+            h.update(file.name.encode() + b"\0" + file.read_bytes())
+    return h.hexdigest()[:16]
 
 
 @lru_cache(maxsize=256)

@@ -64,6 +64,7 @@ if building("scenes"):
         params:
             config=keys("name", "aoi", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item"),
             code=code_digest("acquire.lock"),
+            tables=files_digest("acquire/sources"),
         message:
             "Search the catalogues and lock the items"
         shell:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from terraloom.errors import TerraloomError
 from terraloom.plan import Plan, resolve_campaign
-from terraloom.state import code_digest
+from terraloom.state import code_digest, files_digest
 
 PROJECT = os.path.relpath(Path(workflow.basedir).parent)
 

@@ -3,6 +3,7 @@ rule catalogue_products:
     input:
         map="results/map/map.json",
         held_out="results/model/held_out.json",
+        lock="results/scenes/items.json",
     output:
         "results/map/stac/catalog.json",
     log:
@@ -14,7 +15,7 @@ rule catalogue_products:
         mem_mb=mem_mb(1000),
         runtime=minutes(10),
     params:
-        config=keys("name", "title", "tasks", "cube", "sources"),
+        config=PLAN.digest,
         code=code_digest("report.catalogue"),
     message:
         "Write the STAC catalogue of the products"
@@ -44,7 +45,8 @@ rule build_report:
         mem_mb=mem_mb(2000),
         runtime=minutes(20),
     params:
-        config=keys("name", "title"),
+        config=PLAN.digest,
+        templates=files_digest("report/templates"),
         code=code_digest("report.page"),
     message:
         "Write the report"

@@ -45,6 +45,8 @@ Bands = Mapping[str, npt.NDArray[Any]]
 #: Features of the s2cloudless model, in its order.
 S2CLOUDLESS_BANDS = ("B01", "B02", "B04", "B05", "B08", "B8A", "B09", "B10", "B11", "B12")
 _SPECTRAL_BANDS = ("B02", "B03", "B04", "B08", "B11")
+#: Rise of the haze index that a whole scene may have and still be clear.
+_MOST_HAZE = 0.014
 #: Dates needed before other dates may say what clear sky looks like.
 MIN_DATES = 4
 
@@ -202,7 +204,8 @@ def snow_mask(bands: Bands) -> BoolArray:
     """Snow and ice: bright in the visible, dark in the short-wave infrared.
 
     NDSI = (B03 - B11)/(B03 + B11) > 0.4 with B03 > 0.15 and B08 > 0.11 (Hall et al. 1995; the
-    infrared limit keeps water out). B11 < 0.25 keeps out clouds of ice.
+    infrared limit keeps water out). B11 < 0.25 and, where it is given, B12 < 0.95 B11 keep out
+    clouds of ice, whose reflectance does not fall from 1.6 to 2.2 um as that of snow does.
 
     Returns:
         (H, W) bool; False where a band is absent or invalid.
@@ -213,6 +216,8 @@ def snow_mask(bands: Bands) -> BoolArray:
     with np.errstate(invalid="ignore", divide="ignore"):
         ndsi = (green - swir) / (green + swir)
         mask: BoolArray = (ndsi > 0.4) & (green > 0.15) & (nir > 0.11) & (swir < 0.25)
+        if "B12" in bands:
+            mask &= bands["B12"] < 0.95 * swir
     return mask
 
 
@@ -294,10 +299,19 @@ def _nanmedian(values: F32, min_dates: int) -> F32:
     return np.where(n >= max(min_dates, 1), pick, np.nan).astype(np.float32)
 
 
+def _uniform_haze(lift: npt.NDArray[Any]) -> float:
+    """Haze of the whole scene: what even its least raised tenth has, up to a limit.
+
+    More than the limit everywhere is thin cloud, not haze.
+    """
+    return float(np.clip(_low(lift, 10.0, _MOST_HAZE), -0.03, _MOST_HAZE))
+
+
 def haze_lift(bands: Bands, background: Bands) -> npt.NDArray[Any]:
     """Rise of the haze index over the pixel's clear-sky value, less the scene's own haze."""
     lift = haze_index(bands["B02"], bands["B04"]) - haze_index(background["B02"], background["B04"])
-    return lift - np.clip(_low(lift, 10.0, 0.02), -0.03, 0.02)
+    out: npt.NDArray[Any] = lift - _uniform_haze(lift)
+    return out
 
 
 def temporal_cloud(
@@ -331,7 +345,7 @@ def temporal_cloud(
     values = np.where(usable, index, np.nan).astype(np.float32)
     n = usable.sum(axis=0)
     lift = values - _low_rank(values)
-    offset = np.array([np.clip(_low(x, 10.0, 0.02), -0.03, 0.02) for x in lift])
+    offset = np.array([_uniform_haze(x) for x in lift])
     with np.errstate(invalid="ignore"):
         cloud: BoolArray = (lift - offset[:, None, None] > threshold) & (n >= MIN_DATES)
     return cloud

@@ -8,9 +8,9 @@ to read with, and the result lies on the reference. Nothing is resampled a secon
 Method: phase correlation (Kuglin and Hines 1975) on a grid of windows, refined by a
 matrix-multiply DFT around the peak (Guizar-Sicairos, Thurman and Fienup 2008, Optics Letters 33,
 156-158, also behind ``skimage.registration.phase_cross_correlation``), then a weighted median over
-windows with rejection by the median absolute deviation. Written here rather than called because
-the peak's height and a spectral weight are needed: whitening gives noise at high frequencies the
-same say as content, and a masked call of scikit-image returns whole pixels only.
+windows without outliers. Written here because the peak's height and a spectral weight are needed
+(whitening gives noise at high frequencies the same say as content), and because a masked call of
+scikit-image returns whole pixels only.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def estimate_shift(
     mov = moving[None] if moving.ndim == 2 else moving
     if ref.shape != mov.shape:
         raise SceneError(f"reference {ref.shape} and scene {mov.shape} differ in shape")
-    usable: BoolArray = np.isfinite(ref).all(axis=0) & np.isfinite(mov).all(axis=0)
+    usable: BoolArray = np.logical_and.reduce(np.isfinite(ref) & np.isfinite(mov), axis=0)
     if valid is not None:
         usable &= valid
     prepare = _structure if gradient else _centred
@@ -256,10 +256,7 @@ def estimate_shift(
 
 
 def apply_shift(image: FloatArray, shift: tuple[float, float]) -> FloatArray:
-    """Move the content of an image (down, right) by cubic interpolation; for measuring only.
-
-    Products are never resampled by this: their shift goes into the one warp.
-    """
+    """Move the content of an image (down, right) by cubic interpolation; for measuring only."""
     moved: FloatArray = ndimage.shift(image, shift, order=3, mode="nearest")
     return moved
 
@@ -412,14 +409,10 @@ def solve_shifts(
             for im, ok in zip(images, valid, strict=True)
         ]
     clearest = int(np.argmax([int(np.count_nonzero(v)) for v in valid]))
+    first, seen = images[clearest], valid[clearest]
     shifts = [
-        Shift(0.0, 0.0, 1.0, 0.0, 1)
-        if i == clearest
-        else estimate_shift(
-            images[clearest], im, ok & valid[clearest], max_shift_px=2.0 * max_shift_px,
-            window_px=window_px,
-        )
-        for i, (im, ok) in enumerate(zip(images, valid, strict=True))
+        estimate_shift(first, im, ok & seen, max_shift_px=2.0 * max_shift_px, window_px=window_px)
+        for im, ok in zip(images, valid, strict=True)
     ]
     shifts = _to_mean(shifts)
     for _ in range(rounds if len(images) > 2 else 0):
@@ -461,8 +454,11 @@ def _against_others(
             reference = np.where(rest > 0.5, (total - aligned[i][0]) / rest, np.nan)
         out.append(
             estimate_shift(
-                reference, image if image.ndim == 3 else image[None], ok,
-                max_shift_px=2.0 * max_shift_px, window_px=window_px,
+                reference,
+                image if image.ndim == 3 else image[None],
+                ok,
+                max_shift_px=2.0 * max_shift_px,
+                window_px=window_px,
             )
         )
     return out

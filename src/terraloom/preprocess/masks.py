@@ -74,6 +74,8 @@ _AVERAGE_M = 100.0
 _AVERAGE_TEMPORAL_M = 60.0
 #: Pixel size the trained model works at; 20 m costs nine times more and gains nothing.
 _MODEL_RESOLUTION_M = 60.0
+#: Rise of the haze index from which patchy snow counts as snow: about half of the ground white.
+_SNOW_LIFT = 0.18
 #: Least rise of the haze index over clear ground nearby, for the trained model's doubtful pixels.
 _LEAST_LIFT = 0.003
 #: Darkness (0-1) of ground in shadow: against the surroundings, and against its own clear sky.
@@ -156,9 +158,7 @@ def mask_scene(
         return _add_edge(out, dilation_m, resolution_m)
     reflectance = {b: np.asarray(v, dtype=np.float32) for b, v in bands.items() if b != "SCL"}
     valid = np.logical_and.reduce([np.isfinite(v) for v in reflectance.values()])
-    cloud, snow = _cloud_and_snow(
-        reflectance, method, cloud_threshold, resolution_m, background
-    )
+    cloud, snow = _cloud_and_snow(reflectance, method, cloud_threshold, resolution_m, background)
     cloud &= valid
     water = water_mask(reflectance) & ~cloud
     snow &= valid & ~cloud
@@ -216,9 +216,12 @@ def _cloud_and_snow(
     if background is None or not {"B02", "B04"} <= set(background):
         cloud = _hysteresis(_average(spectral, _AVERAGE_M, resolution_m), threshold, sure)
         return _no_specks(cloud & ~snow, resolution_m), snow
-    snowy = snow | _part_snow(bands, background)
-    lift = np.where(snowy, np.nan, haze_lift(bands, background)).astype(np.float32)
-    lift = _average(lift, _AVERAGE_TEMPORAL_M, resolution_m)
+    raised = haze_lift(bands, background).astype(np.float32)
+    patchy = _part_snow(bands, background)
+    with np.errstate(invalid="ignore"):
+        snow |= patchy & (raised > _SNOW_LIFT)
+    snowy = snow | patchy
+    lift = _average(np.where(snowy, np.float32(np.nan), raised), _AVERAGE_TEMPORAL_M, resolution_m)
     single = _average(spectral, _AVERAGE_M, resolution_m)
     temporal = _with_background(lift, _average(spectral, _AVERAGE_TEMPORAL_M, resolution_m))
     probability = np.where(np.isfinite(lift), temporal, single)
@@ -247,6 +250,8 @@ def _part_snow(bands: Bands, background: Bands) -> BoolArray:
     with np.errstate(invalid="ignore", divide="ignore"):
         ndsi = (green - swir) / (green + swir)
         out: BoolArray = (ndsi > 0.15) & (swir < 0.2) & (swir < background["B11"] + 0.02)
+        if "B12" in bands:
+            out &= bands["B12"] < 0.95 * swir  # not a cloud of ice
         return out & ~water_mask(bands)
 
 
@@ -346,9 +351,7 @@ def _shade(
             usual = usual * _season(np.asarray(bands[band]), usual, clear)
             known |= np.isfinite(usual)
         parts.append(
-            darkness(
-                bands[band], clear, resolution_m=resolution_m, background=usual, full_drop=0.5
-            )
+            darkness(bands[band], clear, resolution_m=resolution_m, background=usual, full_drop=0.5)
         )
     if not parts:
         return np.zeros(valid.shape, dtype=bool)
@@ -408,6 +411,7 @@ def mask_series(
     Returns:
         T arrays (H, W) uint8.
     """
+
     def one(i: int, background: Bands | None) -> npt.NDArray[np.uint8]:
         angles = sun[i] or (None, None)
         return mask_scene(

@@ -82,9 +82,7 @@ def sun_position(when: datetime, lon: float, lat: float) -> tuple[float, float]:
     days = (moment - datetime(2000, 1, 1, 12, tzinfo=UTC)).total_seconds() / 86_400.0
     mean_lon = math.radians((280.460 + 0.9856474 * days) % 360.0)
     anomaly = math.radians((357.528 + 0.9856003 * days) % 360.0)
-    ecliptic = mean_lon + math.radians(
-        1.915 * math.sin(anomaly) + 0.020 * math.sin(2.0 * anomaly)
-    )
+    ecliptic = mean_lon + math.radians(1.915 * math.sin(anomaly) + 0.020 * math.sin(2.0 * anomaly))
     obliquity = math.radians(23.439 - 0.0000004 * days)
     right_ascension = math.atan2(math.cos(obliquity) * math.sin(ecliptic), math.cos(ecliptic))
     declination = math.asin(math.sin(obliquity) * math.sin(ecliptic))
@@ -265,7 +263,7 @@ def cast_shadow(
     resolution_m: float,
     dark_threshold: float = 0.35,
     border_threshold: float | None = None,
-    border_least_m2: float = 100_000.0,
+    border_least_m2: float = 250_000.0,
     swath_threshold: float | None = None,
     buffer_m: float = 60.0,
     height_tolerance: float = 0.15,
@@ -306,9 +304,7 @@ def cast_shadow(
     empty = np.zeros(cloud.shape, dtype=bool)
     if not cloud.any():
         return ShadowResult(empty, math.nan, 0.0)
-    matcher = _Matcher(
-        dark, ground & ~water, east_m / resolution_m, north_m / resolution_m
-    )
+    matcher = _Matcher(dark, ground & ~water, east_m / resolution_m, north_m / resolution_m)
     step_m = max(resolution_m / max(math.hypot(east_m, north_m), 1e-6), 20.0)
     heights = _heights(step_m) if heights_m is None else np.asarray(heights_m, dtype=float)
     labels, count = ndimage.label(cloud, structure=np.ones((3, 3)))
@@ -321,9 +317,7 @@ def cast_shadow(
         anywhere = _tidy(swath & (dark >= swath_threshold) & ground & ~water, resolution_m)
     if not math.isfinite(height) or agreement <= 0.0:
         return ShadowResult(anywhere, math.nan, max(agreement, 0.0))
-    band = _project_all(
-        cloud, labels, objects, matcher, heights, height, height_tolerance
-    )
+    band = _project_all(cloud, labels, objects, matcher, heights, height, height_tolerance)
     reach = ndimage.distance_transform_edt(~band) * resolution_m <= buffer_m
     dark_ground = (dark >= dark_threshold) & ~water
     if water_dark is not None:
@@ -388,9 +382,7 @@ def _project_all(
     ]
     rest = cloud.copy()
     for item in objects[:200]:
-        own, contrast = _best(
-            matcher.score(*_thin(item.rows, item.cols, _MAX_POINTS), near), near
-        )
+        own, contrast = _best(matcher.score(*_thin(item.rows, item.cols, _MAX_POINTS), near), near)
         if not math.isfinite(own) or contrast <= 0.0:
             continue
         _stamp(band, item.rows, item.cols, matcher, own, tolerance)
@@ -411,7 +403,7 @@ def _swath(
     rows, cols = (-(-n // factor) for n in cloud.shape)
     padded = np.zeros((rows * factor, cols * factor), dtype=bool)
     padded[: cloud.shape[0], : cloud.shape[1]] = cloud
-    cells = padded.reshape(rows, factor, cols, factor).any(axis=(1, 3))
+    cells: BoolArray = np.logical_or.reduce(padded.reshape(rows, factor, cols, factor), axis=(1, 3))
     y, x = np.indices(cells.shape)
     out = np.zeros(cells.shape, dtype=bool)
     length = math.hypot(east_m, north_m)

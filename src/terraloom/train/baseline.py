@@ -44,8 +44,8 @@ def pixel_forest(
     task: TaskSpec,
     *,
     seed: int,
-    trees: int = 100,
-    max_train: int = 60_000,
+    trees: int = 60,
+    max_train: int = 20_000,
     jobs: int = 1,
 ) -> HeldOut:
     """Out-of-fold class probabilities of a per-pixel random forest.

@@ -62,16 +62,16 @@ class FitSettings:
         augmentation: Random changes of the crops.
     """
 
-    width: int = 16
+    width: int = 12
     widths: tuple[int, ...] = ()
     depth: int = 4
     convs: int = 1
     indices: bool = True
-    dropout: float = 0.1
-    epochs: float = 10
-    batch: int = 8
-    crop_px: int = 96
-    learning_rate: float = 3e-3
+    dropout: float = 0.05
+    epochs: float = 12
+    batch: int = 4
+    crop_px: int = 72
+    learning_rate: float = 5e-3
     weight_decay: float = 1e-2
     ema: float = 0.97
     class_power: float = 0.5

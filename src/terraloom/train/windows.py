@@ -44,10 +44,10 @@ class Augmentation:
         flips: Flips and rotations by 90 degrees.
     """
 
-    gain: float = 0.1
-    bias: float = 0.1
-    drop_feature: float = 0.02
-    drop_modality: float = 0.05
+    gain: float = 0.05
+    bias: float = 0.03
+    drop_feature: float = 0.01
+    drop_modality: float = 0.02
     flips: bool = True
 
 
