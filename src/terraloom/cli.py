@@ -159,7 +159,8 @@ def verify_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Check every asset of the locked items against its record."""
     from terraloom.preprocess.scenes import verify_items as run
 
-    run(_load(campaign))
+    c = _load(campaign)
+    run(c, _grid(c))
 
 
 @app.command(rich_help_panel=SCENES)

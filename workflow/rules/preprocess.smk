@@ -15,8 +15,8 @@ if building("scenes"):
             mem_mb=mem_mb(1000),
             runtime=minutes(60),
         params:
-            config=keys("scenes.on_bad_item", "scenes.max_failed_pct"),
-            code=code_digest("acquire.assets"),
+            config=keys("aoi", "scenes.on_bad_item", "scenes.max_failed_pct"),
+            code=code_digest("acquire.assets", "preprocess.radiometry"),
         message:
             "Check every asset against its record"
         shell:

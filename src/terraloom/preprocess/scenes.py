@@ -23,6 +23,7 @@ from terraloom.log import get_logger, progress
 from terraloom.preprocess.coregister import Shift
 from terraloom.preprocess.cube import MASK_OUTSIDE, MASK_RESOLUTION_M, Scene
 from terraloom.preprocess.masks import BACKGROUND_BANDS, S2CLOUDLESS_BANDS, mask_series
+from terraloom.preprocess.radiometry import ScaleOffset, check_offset, dn_statistics
 from terraloom.preprocess.reasons import INVALID, Reason
 
 __all__ = [
@@ -37,6 +38,8 @@ MASKS = SCENES / "masks"
 SHIFTS = SCENES / "shifts.json"
 QUALITY = SCENES / "quality.csv"
 
+#: Radiometry is checked on a view of the AOI of at most this many pixels a side.
+_VIEW_PX = 256
 #: Masks reach this far beyond the AOI (10 m pixels), so that shifted tiles find their border.
 _MARGIN_PX = 120
 #: A strip is masked in blocks of this many 20 m pixels, to bound memory ...
@@ -50,8 +53,8 @@ log = get_logger(__name__)
 # --- verification ------------------------------------------------------------------------------
 
 
-def verify_items(campaign: Campaign) -> None:
-    """Check every used item's assets and write ``verified.json``: id to ``ok`` or what is wrong.
+def verify_items(campaign: Campaign, grid: CampaignGrid) -> None:
+    """Check every used item's assets and radiometry and write ``verified.json``: id to ``ok`` or what is wrong.
 
     Raises:
         SceneError: With policy ``stop`` the first bad item; with ``skip-and-report`` when more
@@ -59,7 +62,8 @@ def verify_items(campaign: Campaign) -> None:
     """
     items = [i for i in read_json(ITEMS)["items"] if i["decision"] == "use"]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        verdicts = list(progress(pool.map(_verdict, items), total=len(items), what="items checked"))
+        results = pool.map(lambda item: _verdict(item, grid), items)
+        verdicts = list(progress(results, total=len(items), what="items checked"))
     bad = [(i, e) for i, e in zip(items, verdicts, strict=True) if e is not None]
     for _, err in bad:
         log.warning("%s", err)
@@ -82,12 +86,29 @@ def verify_items(campaign: Campaign) -> None:
     )
 
 
-def _verdict(item: dict[str, Any]) -> SceneError | None:
+def _verdict(item: dict[str, Any], grid: CampaignGrid) -> SceneError | None:
     try:
         verify_item(item)
+        if load_source(item["source"]).kind == "optical":
+            _check_radiometry(item, grid)
     except SceneError as err:
         return err
     return None
+
+
+def _check_radiometry(item: dict[str, Any], grid: CampaignGrid) -> None:
+    """Hold scale and offset of an item against its pixels on a coarse view of the AOI."""
+    side = max(grid.geobox.shape)
+    view = grid.geobox.zoom_out(max(side / _VIEW_PX, 1))
+    statistics, decoding = {}, {}
+    for band, asset in item["assets"].items():
+        if band == "SCL":
+            continue
+        pair = ScaleOffset(asset["scale"], asset["offset"])
+        values = read_band(item, band, view, resampling="nearest")
+        statistics[band] = dn_statistics((values - pair.offset) / pair.scale, nodata=None)
+        decoding[band] = pair
+    check_offset(statistics, decoding, item["id"])
 
 
 def _usable() -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ __all__ = ["measure_shifts"]
 #: Shifts are measured in the middle of the AOI, on at most this many 10 m pixels a side: scenes
 #: of one grid are shifted as a whole, and a larger window only costs time.
 _WINDOW_PX = 1024
-#: Bands that are compared; the first of these that all scenes have is used.
-_BANDS = ("B04", "B08", "B03")
+#: Bands that are compared: those of these that all scenes have; two bands err less than one.
+_BANDS = ("B04", "B08")
 
 log = get_logger(__name__)
 
@@ -59,10 +59,10 @@ def measure_shifts(campaign: Campaign, grid: CampaignGrid) -> None:
 
 def _solve(scenes: list[Scene], grid: CampaignGrid, max_px: float) -> list[Any]:
     geobox = _middle(grid.geobox)
-    band = next(b for b in _BANDS if all(b in s.item["assets"] for s in scenes))
-    images = [read_band(dict(s.item), band, geobox) for s in scenes]
+    bands = [b for b in _BANDS if all(b in s.item["assets"] for s in scenes)]
+    images = [np.stack([read_band(dict(s.item), b, geobox) for b in bands]) for s in scenes]
     valid = [
-        ((mask_on(geobox, s) & np.uint8(INVALID)) == 0) & np.isfinite(im)
+        ((mask_on(geobox, s) & np.uint8(INVALID)) == 0) & np.isfinite(im).all(axis=0)
         for s, im in zip(scenes, images, strict=True)
     ]
     return solve_shifts(images, valid, max_shift_px=max_px)
