@@ -121,9 +121,7 @@ def state_log() -> None:
 
 
 @app.command(rich_help_panel=SCENES)
-def simulate(
-    campaign: CampaignFile = RUN_CAMPAIGN, out: Out = Path("resources/simulated")
-) -> None:
+def simulate(campaign: CampaignFile = RUN_CAMPAIGN, out: Out = Path("resources/simulated")) -> None:
     """Simulate a region with known truth as COGs behind a STAC catalogue."""
     from terraloom.acquire.simulate import simulate_region
     from terraloom.errors import ConfigError

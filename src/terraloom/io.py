@@ -120,7 +120,9 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as err:
-        raise StateError("the file is missing", where=str(path), fix="run the stage before") from err
+        raise StateError(
+            "the file is missing", where=str(path), fix="run the stage before"
+        ) from err
     except json.JSONDecodeError as err:
         raise StateError(f"not JSON: {err}", where=str(path), fix="delete it and rerun") from err
 
@@ -363,9 +365,7 @@ def _write_categories(path: Path, names: Sequence[str]) -> None:
     )
 
 
-def write_raster(
-    path: Path | str, data: npt.NDArray[Any], geobox: GeoBox, **options: Any
-) -> None:
+def write_raster(path: Path | str, data: npt.NDArray[Any], geobox: GeoBox, **options: Any) -> None:
     """Write an in-memory raster as a cloud-optimised GeoTIFF, atomically.
 
     Args:
@@ -379,9 +379,7 @@ def write_raster(
     if cube.shape[1:] != (h, w):
         raise StateError(f"data of {cube.shape[1:]} px for a grid of {(h, w)}", where=str(path))
     window = iter([(slice(0, h), slice(0, w), cube)])
-    cog_from_windows(
-        path, geobox, window, count=cube.shape[0], dtype=str(cube.dtype), **options
-    )
+    cog_from_windows(path, geobox, window, count=cube.shape[0], dtype=str(cube.dtype), **options)
 
 
 def replace_folder(tmp: Path, final: Path) -> None:

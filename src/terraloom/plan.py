@@ -43,9 +43,7 @@ class Resolved:
             write_text(path, text)
 
 
-def resolve_campaign(
-    config: Mapping[str, Any], *, project: str = "."
-) -> tuple[Campaign, Resolved]:
+def resolve_campaign(config: Mapping[str, Any], *, project: str = ".") -> tuple[Campaign, Resolved]:
     """Campaign file plus overrides to a validated campaign.
 
     Args:
@@ -191,9 +189,7 @@ class Plan:
     def _value(self, dotted: str) -> Any:
         value: Any = self.campaign.model_dump(mode="json")
         for part in dotted.split("."):
-            value = (
-                [v[part] for v in value] if isinstance(value, list) else value[part]
-            )
+            value = [v[part] for v in value] if isinstance(value, list) else value[part]
         return value
 
     def summary(self) -> str:

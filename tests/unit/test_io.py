@@ -118,7 +118,9 @@ def test_reading_on_the_lattice_is_exact(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     write_raster(path, coordinates(BOX), BOX, nodata=-1)
     inner = BOX[6:30, 12:60]
-    np.testing.assert_array_equal(read_window(path, inner, resampling="bilinear"), coordinates(inner))
+    np.testing.assert_array_equal(
+        read_window(path, inner, resampling="bilinear"), coordinates(inner)
+    )
 
 
 def test_shifted_reading_is_right_to_a_hundredth_of_a_pixel(tmp_path: Path) -> None:

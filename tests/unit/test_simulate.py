@@ -197,9 +197,7 @@ def test_true_shift_is_found_in_the_clear_scenes(region, truth, land, scenes):
         with rasterio.open(region / "sim-s2-l2a" / scene.id / "B08.tif") as src:
             seen = src.read(1).astype(float)
         still = dict(optical.surface(land, scene))["B08"][6:-6, 6:-6]
-        found, _, _ = phase_cross_correlation(
-            seen, still, upsample_factor=100, normalization=None
-        )
+        found, _, _ = phase_cross_correlation(seen, still, upsample_factor=100, normalization=None)
         assert found == pytest.approx(truth["shifts"][scene.id], abs=0.1)
 
 

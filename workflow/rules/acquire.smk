@@ -56,13 +56,20 @@ if building("scenes"):
             "logs/lock_items.log",
         benchmark:
             "benchmarks/lock_items.tsv"
-        threads: 1
         retries: 0 if PLAN.catalogue_files else 2
+        threads: 1
         resources:
             mem_mb=mem_mb(1000),
             runtime=minutes(20),
         params:
-            config=keys("name", "aoi", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item"),
+            config=keys(
+                "name",
+                "aoi",
+                "grid.crs",
+                "sources",
+                "cube.periods",
+                "scenes.on_bad_item",
+            ),
             code=code_digest("acquire.lock"),
             tables=files_digest("acquire/sources"),
         message:

@@ -28,7 +28,9 @@ if CAMPAIGN.sample:
 rule estimate_areas:
     input:
         map="results/map/map.json",
-        sample=["results/map/sample.gpkg", *PLAN.answer_files] if CAMPAIGN.sample else [],
+        sample=(
+            ["results/map/sample.gpkg", *PLAN.answer_files] if CAMPAIGN.sample else []
+        ),
     output:
         areas="results/map/areas.csv",
         accuracy="results/map/accuracy.json",

@@ -32,7 +32,7 @@ def building(milestone):
 
 
 def keys(*dotted):
-    """The campaign keys a rule reads, for its params: other edits rerun nothing."""
+    """Values of campaign keys for the params of a job; edits of other keys rerun nothing."""
     return PLAN.keys(*dotted)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid, geobox_from_record
 from terraloom.io import read_json, read_store, write_json, write_text
 from terraloom.labels.chips import cut_chips
-from terraloom.labels.noise import suspect_labels
+from terraloom.labels.noise import noise_matrix, suspect_labels
 from terraloom.labels.rasterise import NO_LABEL, burn
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
@@ -63,9 +63,13 @@ def calibrate(campaign: Campaign) -> None:
     legend = read_legend(str(task.classes))
     cover = held[task.name]
     y = cover.y.astype(np.int64)
-    temperature = fit_ensemble_temperature(cover.p, y)
-    honest = cross_fitted_average(cover.p, y, cover.fold)
-    curve = reliability(honest, y, n_bins=BINS)
+    review = _review(campaign, chips, cover, len(legend))
+    noise = review.noise if campaign.model.label_noise == "estimated" else None
+    temperature = fit_ensemble_temperature(cover.p, y, noise)
+    honest = cross_fitted_average(cover.p, y, cover.fold, noise)
+    # What the labels should show of it: with label noise, less than the true class would.
+    seen = honest if noise is None else honest @ noise
+    curve = reliability(seen, y, n_bins=BINS)
     raw = cover.p.mean(axis=0)
     block = chips["block"].to_numpy().ravel()[cover.index]
     skill = skill_report(
@@ -87,7 +91,9 @@ def calibrate(campaign: Campaign) -> None:
         "baseline": baseline,
         "regression": _regressions(campaign, held),
         "boundary": _boundaries(campaign, held),
-        "suspects": _suspects(campaign, chips, cover, temperature, legend),
+        "label_noise": campaign.model.label_noise,
+        "label_noise_pct": 100 * float(review.flags.mean()),
+        "suspects": review.suspects(legend),
     }
     write_json(MODEL / "held_out.json", record)
     write_text(MODEL / "reliability.csv", _csv(_curve(curve)))
@@ -169,31 +175,53 @@ def _f1(found: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> float:
     return 2 * both / total if total else float("nan")
 
 
-def _suspects(
-    campaign: Campaign, chips: xr.Dataset, cover: HeldOut, temperature: float, legend: Legend
-) -> list[dict[str, Any]]:
-    """Labels that the held-out predictions contradict, by row of the label file."""
-    task = campaign.land_cover
-    which = _label_of_pixels(task, chips)[cover.index]
-    p = averaged(cover.p, temperature)
-    ids, where = np.unique(which[which >= 0], return_inverse=True)
+@dataclass(frozen=True)
+class _Review:
+    """Labels held against the held-out predictions of their pixels.
+
+    Attributes:
+        ids: (L,) row of the label file.
+        label: (L,) class index of the label.
+        likely: (L,) class that the predictions support.
+        mean: (L, K) mean held-out probability over the label's pixels.
+        flags: (L,) label and support differ.
+        noise: (K, K) estimated probability of a label given the true class.
+    """
+
+    ids: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    likely: npt.NDArray[np.intp]
+    mean: npt.NDArray[np.float64]
+    flags: npt.NDArray[np.bool_]
+    noise: npt.NDArray[np.float64]
+
+    def suspects(self, legend: Legend) -> list[dict[str, Any]]:
+        """Labels that are probably wrong, for people to look at."""
+        return [
+            {
+                "label_id": int(self.ids[i]), "class": legend.names[self.label[i]],
+                "likely": legend.names[self.likely[i]],
+                "p_class": float(self.mean[i, self.label[i]]),
+                "p_likely": float(self.mean[i, self.likely[i]]),
+            }
+            for i in np.flatnonzero(self.flags)
+        ]  # fmt: skip
+
+
+def _review(campaign: Campaign, chips: xr.Dataset, cover: HeldOut, classes: int) -> _Review:
+    which = _label_of_pixels(campaign.land_cover, chips)[cover.index]
+    p = averaged(cover.p, 1.0)
     inside = which >= 0
+    ids, where = np.unique(which[inside], return_inverse=True)
     count = np.bincount(where, minlength=len(ids))
     mean = np.stack(
-        [np.bincount(where, p[inside, k], minlength=len(ids)) / count for k in range(len(legend))],
+        [np.bincount(where, p[inside, k], minlength=len(ids)) / count for k in range(classes)],
         axis=1,
     )
     label = np.zeros(len(ids), np.int64)
     label[where] = cover.y[inside].astype(np.int64)
     flags, likely = suspect_labels(mean, label)
-    return [
-        {
-            "label_id": int(ids[i]), "class": legend.names[label[i]],
-            "likely": legend.names[likely[i]], "p_class": float(mean[i, label[i]]),
-            "p_likely": float(mean[i, likely[i]]),
-        }
-        for i in np.flatnonzero(flags)
-    ]  # fmt: skip
+    return _Review(ids, label, likely, mean, flags, noise_matrix(label, likely, classes))
 
 
 def _label_of_pixels(task: Task, chips: xr.Dataset) -> npt.NDArray[np.int64]:

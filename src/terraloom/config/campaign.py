@@ -39,7 +39,7 @@ class Aoi(Section):
             if not (west < east and south < north):
                 raise ValueError("bbox must be west < east and south < north")
             if self.crs == "EPSG:4326" and not (
-                -180 <= west and east <= 180 and -90 <= south and north <= 90
+                west >= -180 and east <= 180 and south >= -90 and north <= 90
             ):
                 raise ValueError("bbox in EPSG:4326 is in degrees; give `crs` for metres")
         return self
@@ -246,9 +246,19 @@ class Model(Section):
         3, ge=1, le=20,
         description="Networks per fold (count); the ensemble has folds.count x members networks.",
     )  # fmt: skip
-    width: int = Field(16, ge=4, le=256, description="Channels of the first level (count).")
-    epochs: int = Field(30, ge=1, le=2000, description="Passes over the training chips (count).")
-    learning_rate: float = Field(3e-3, gt=0, le=1, description="Peak learning rate (ratio).")
+    width: int = Field(12, ge=4, le=256, description="Channels of the first level (count).")
+    epochs: int = Field(12, ge=1, le=2000, description="Passes over the training chips (count).")
+    batch: int = Field(
+        4, ge=1, le=256,
+        description="Training windows per step (count); fewer give more steps per pass, which "
+        "helps where there are few chips.",
+    )  # fmt: skip
+    learning_rate: float = Field(5e-3, gt=0, le=1, description="Peak learning rate (ratio).")
+    label_noise: Literal["ignored", "estimated"] = Field(
+        "ignored",
+        description="`estimated`: probabilities are calibrated for the true class, through the "
+        "label noise that held-out predictions reveal; `ignored`: for the label as given.",
+    )
     baseline: bool = Field(
         True, description="Also fit a per-pixel random forest on the same folds (yes/no)."
     )

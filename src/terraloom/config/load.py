@@ -45,7 +45,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         ConfigError: The file is missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (FileNotFoundError, IsADirectoryError) as err:
         raise ConfigError(
             "there is no such file", where=str(path), fix="write one with `terraloom init`"

@@ -87,8 +87,6 @@ def write_starter(aoi: str, out: Path, *, labels: str, column: str, year: int) -
         read_aoi(aoi, None, "")
         block = f"  file: {aoi}"
     name = out.stem.lower().replace(" ", "-")
-    text = _TEXT.format(
-        path=out, name=name, aoi=block, labels=labels, column=column, year=year
-    )
+    text = _TEXT.format(path=out, name=name, aoi=block, labels=labels, column=column, year=year)
     write_text(out, text)
     return out

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from terraloom.errors import LabelError
 
-__all__ = ["confident_thresholds", "suspect_labels"]
+__all__ = ["confident_thresholds", "noise_matrix", "suspect_labels"]
 
 
 def confident_thresholds(
@@ -50,3 +50,18 @@ def suspect_labels(
     best = np.where(speaks, p, -1.0).argmax(axis=1)
     best = np.where(speaks.any(axis=1), best, y)
     return best != y, best
+
+
+def noise_matrix(
+    labels: npt.NDArray[Any], likely: npt.NDArray[Any], classes: int
+) -> npt.NDArray[np.float64]:
+    """Probability of a label (column) given the true class (row), (K, K); rows sum to 1.
+
+    From the confident joint: labels against the class that counts (:func:`suspect_labels`). A
+    class that never counts is taken as labelled without error.
+    """
+    joint = np.zeros((classes, classes))
+    np.add.at(joint, (np.asarray(likely), np.asarray(labels)), 1.0)
+    empty = joint.sum(axis=1) == 0
+    joint[empty, empty.nonzero()[0]] = 1.0
+    return joint / joint.sum(axis=1, keepdims=True)

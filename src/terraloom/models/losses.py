@@ -135,18 +135,32 @@ def boundary_loss(
     return _masked_mean(loss, ok, pixel_weights)
 
 
-def gaussian_nll(raw: Tensor, y: Tensor, *, pixel_weights: Tensor | None = None) -> Tensor:
+def gaussian_nll(
+    raw: Tensor, y: Tensor, *, pixel_weights: Tensor | None = None, beta: float = 0.0
+) -> Tensor:
     """Negative log likelihood of a Gaussian, without the constant ln(2 pi)/2.
+
+    With ``beta`` > 0 each pixel is weighted by its own predicted variance to that power, which is
+    taken as given (Seitzer et al. 2022, beta-NLL). At 1 the mean learns as under squared error.
+    Without it, pixels that are known almost exactly (no canopy outside the forest) get gradients
+    thousands of times those of the rest and push the other tasks out of the shared encoder.
 
     Args:
         raw: (N, 2, h, w) mean and log variance, the latter clamped to ``LOG_VAR_RANGE``.
         y: (N, h, w) in the same scale, NaN = no label.
         pixel_weights: (N, h, w) >= 0.
+        beta: 0 plain likelihood, 1 gradients of squared error.
     """
     ok = torch.isfinite(y)
     mean, log_var = raw[:, 0][ok], raw[:, 1][ok].clamp(*LOG_VAR_RANGE)
     loss = 0.5 * (log_var + (y[ok] - mean) ** 2 * torch.exp(-log_var))
+    if beta > 0:
+        loss = loss * torch.exp(beta * log_var.detach())
     return _masked_mean(loss, ok, pixel_weights)
+
+
+#: See :func:`gaussian_nll`.
+_BETA = 1.0
 
 
 class MultiTaskLoss:
@@ -196,7 +210,7 @@ class MultiTaskLoss:
             elif task.kind == "boundary":
                 out[task.name] = boundary_loss(z, t, pixel_weights=w)
             else:
-                out[task.name] = gaussian_nll(z, task.standardise(t), pixel_weights=w)
+                out[task.name] = gaussian_nll(z, task.standardise(t), pixel_weights=w, beta=_BETA)
         return out
 
     def __call__(

@@ -91,9 +91,7 @@ def _options(name: str, task: Task | None, legend: Legend) -> dict[str, Any]:
             "scales": [1 / PROBABILITY_STEPS], "band_names": ["boundary probability"]}  # fmt: skip
 
 
-def _reader(
-    name: str, task: Task | None, legend: Legend
-) -> Callable[[Tile], npt.NDArray[Any]]:
+def _reader(name: str, task: Task | None, legend: Legend) -> Callable[[Tile], npt.NDArray[Any]]:
     codes = np.full(256, NODATA_CODE, np.uint8)
     codes[: len(legend)] = legend.codes
     codes[IGNORE_INDEX] = NODATA_CODE
@@ -149,8 +147,8 @@ def _stretch(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _facts(campaign: Campaign, grid: CampaignGrid, legend: Legend) -> dict[str, Any]:
-    area = {c: 0.0 for c in legend.codes}
-    reasons = {r: 0 for r in Reason}
+    area = dict.fromkeys(legend.codes, 0.0)
+    reasons = dict.fromkeys(Reason, 0)
     total = valid = 0
     codes = np.array([NODATA_CODE, *legend.codes])
     for tile in grid.tiles():

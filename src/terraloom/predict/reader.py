@@ -82,6 +82,6 @@ class CubeReader:
             return
         for g, x in self._tile(key).items():
             f = self._factor[g]
-            out[g][:, (top - row) // f : (bottom - row) // f, (left - col) // f : (right - col) // f] = (
-                x[:, (top - r0) // f : (bottom - r0) // f, (left - c0) // f : (right - c0) // f]
-            )
+            out[g][
+                :, (top - row) // f : (bottom - row) // f, (left - col) // f : (right - col) // f
+            ] = x[:, (top - r0) // f : (bottom - r0) // f, (left - c0) // f : (right - c0) // f]

@@ -56,11 +56,11 @@ def _row(
     aligned: dict[str, Any],
     min_clear_pct: float,
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {c: "" for c in COLUMNS}
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     row |= {k: item[k] for k in ("id", "source", "datetime", "decision", "why")}
     row |= {k: round(v, 2) for k, v in stats.get(item["id"], {}).items()}
     shift = aligned["shifts"].get(item["id"])
-    if shift:
+    if shift and shift["dy_px"] is not None:  # a shift that could not be told is null
         row |= {k: round(shift[k], 4) for k in ("dy_px", "dx_px", "reliability")}
     if row["decision"] != "use":
         return row

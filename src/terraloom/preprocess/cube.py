@@ -135,9 +135,7 @@ def _mean_db(stack: Float) -> Float:
 _REDUCE = {"optical": _median, "sar": _mean_db, "dem": _mean}
 
 
-def _composite(
-    scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, kind: str
-) -> Float:
+def _composite(scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, kind: str) -> Float:
     """(B, H, W) composite of the scenes of one period; NaN where no scene is clear."""
     out = np.full((len(bands), *geobox.shape), np.nan, np.float32)
     if not scenes:
@@ -258,9 +256,7 @@ def _assemble(
 def _inside(geobox: GeoBox, grid: CampaignGrid) -> npt.NDArray[np.bool_]:
     from rasterio.features import geometry_mask
 
-    return geometry_mask(
-        [grid.aoi], out_shape=geobox.shape, transform=geobox.affine, invert=True
-    )
+    return geometry_mask([grid.aoi], out_shape=geobox.shape, transform=geobox.affine, invert=True)
 
 
 def _dataset(

@@ -38,19 +38,25 @@ def averaged(members: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.fl
     return np.asarray(total / len(members), dtype=np.float64)
 
 
-def fit_ensemble_temperature(members: npt.NDArray[Any], y: npt.ArrayLike) -> float:
+def fit_ensemble_temperature(
+    members: npt.NDArray[Any], y: npt.ArrayLike, noise: npt.NDArray[np.float64] | None = None
+) -> float:
     """Temperature with the smallest negative log likelihood of the averaged members.
 
     Args:
         members: (M, N, K) held-out probabilities.
         y: (N,) class index.
+        noise: (K, K) probability of a label (column) given the true class (row). With it the
+            probabilities are those of the true class, and what the labels should show of them is
+            compared with the labels (forward correction, Patrini et al. 2017).
     """
     label = np.asarray(y)
     step = max(1, len(label) // _SEARCH_PX)
     few, true = members[:, ::step], label[::step]
 
     def loss(log_t: float) -> float:
-        return negative_log_likelihood(averaged(few, float(np.exp(log_t))), true)
+        p = averaged(few, float(np.exp(log_t)))
+        return negative_log_likelihood(p if noise is None else p @ noise, true)
 
     low, high = np.log(_RANGE)
     found = optimize.minimize_scalar(
@@ -60,7 +66,10 @@ def fit_ensemble_temperature(members: npt.NDArray[Any], y: npt.ArrayLike) -> flo
 
 
 def cross_fitted_average(
-    members: npt.NDArray[Any], y: npt.ArrayLike, fold: npt.ArrayLike
+    members: npt.NDArray[Any],
+    y: npt.ArrayLike,
+    fold: npt.ArrayLike,
+    noise: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.float64]:
     """(N, K) averages where each fold uses the temperature found on all other folds.
 
@@ -77,6 +86,6 @@ def cross_fitted_average(
     out = np.empty(members.shape[1:], dtype=np.float64)
     for f in names:
         here = folds == f
-        t = fit_ensemble_temperature(members[:, ~here], label[~here])
+        t = fit_ensemble_temperature(members[:, ~here], label[~here], noise)
         out[here] = averaged(members[:, here], t)
     return out

@@ -54,6 +54,7 @@ def train_fold(campaign: Campaign, fold: int) -> None:
     settings = FitSettings(
         width=campaign.model.width,
         epochs=campaign.model.epochs,
+        batch=campaign.model.batch,
         learning_rate=campaign.model.learning_rate,
     )
     folder = fold_folder(fold)

@@ -344,9 +344,7 @@ def _change(sim: Simulation, parcels: Parcels) -> Parcels:
     return replace(parcels, after=after, change_day=day)
 
 
-def _stand_height(
-    sim: Simulation, parcel: npt.NDArray[np.int32], n: int, elevation: F32
-) -> F32:
+def _stand_height(sim: Simulation, parcel: npt.NDArray[np.int32], n: int, elevation: F32) -> F32:
     """Canopy height (m): age of the stand, site quality along the slope, fine variation."""
     rng = stream(sim.seed, "height")
     shape = (parcel.shape[0], parcel.shape[1])

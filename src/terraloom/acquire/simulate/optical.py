@@ -270,9 +270,7 @@ def surface(land: Landscape, scene: Scene) -> Iterator[tuple[str, F32]]:
         yield band, field
 
 
-def render(
-    sim: Simulation, land: Landscape, scene: Scene, sky: Sky
-) -> Iterator[tuple[str, F32]]:
+def render(sim: Simulation, land: Landscape, scene: Scene, sky: Sky) -> Iterator[tuple[str, F32]]:
     """Reflectance of each band as the sensor delivers it, on the scene grid.
 
     Yields:

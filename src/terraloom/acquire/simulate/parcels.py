@@ -115,8 +115,6 @@ def parcel_raster(polygons: list[Polygon], size: int) -> npt.NDArray[np.int32]:
     raster = rasterize(shapes, out_shape=(size, size), fill=0, dtype="int32") - 1
     holes = raster < 0  # a pixel centre on a shared edge may belong to neither side
     if holes.any():
-        near = ndimage.distance_transform_edt(
-            holes, return_distances=False, return_indices=True
-        )
+        near = ndimage.distance_transform_edt(holes, return_distances=False, return_indices=True)
         raster = raster[tuple(near)]
     return np.asarray(raster, dtype=np.int32)

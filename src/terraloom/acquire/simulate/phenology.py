@@ -96,9 +96,7 @@ def _green_share(parcels: Parcels, classes: npt.NDArray[np.int8], day_of_year: i
     return share
 
 
-def end_members(
-    parcels: Parcels, classes: npt.NDArray[np.int8], band: int
-) -> tuple[F32, F32]:
+def end_members(parcels: Parcels, classes: npt.NDArray[np.int8], band: int) -> tuple[F32, F32]:
     """Reflectance of full vegetation and of bare background in each parcel, (N,) each."""
     veg = np.array([SPECTRA[_MIXTURE[k][0]][band] for k in range(len(_MIXTURE))])
     bare = np.array([SPECTRA[_MIXTURE[k][1]][band] for k in range(len(_MIXTURE))])

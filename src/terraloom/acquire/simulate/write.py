@@ -230,9 +230,7 @@ def _write_frame(region: _Region) -> None:
     # Half a metre inside: rounding on the way to degrees must not touch the next lattice cell.
     degrees = set_precision(lonlat_box(region.aoi, inset_m=0.5), 1e-9)
     feature = {"type": "Feature", "properties": {"name": "aoi"}, "geometry": mapping(degrees)}
-    write_json(
-        region.root / "aoi.geojson", {"type": "FeatureCollection", "features": [feature]}
-    )
+    write_json(region.root / "aoi.geojson", {"type": "FeatureCollection", "features": [feature]})
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["code", "name", "color"])
@@ -264,9 +262,7 @@ def _write_truth(region: _Region, labels: LabelSet) -> None:
         look: dict[str, Any] = {}
         if name == "landcover":
             look = {"colormap": LEGEND.colormap(), "category_names": LEGEND.category_names()}
-        write_raster(
-            folder / f"{name}.tif", _inner(data, 0), region.aoi, nodata=nodata, **look
-        )
+        write_raster(folder / f"{name}.tif", _inner(data, 0), region.aoi, nodata=nodata, **look)
     _write_layers(folder / "parcels.gpkg", {"parcels": _parcel_table(land)}, last)
     write_json(folder / "truth.json", _truth_record(region, labels, last))
 
