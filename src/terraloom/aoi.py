@@ -50,7 +50,8 @@ def to_crs(geometry: BaseGeometry, src: str, dst: str) -> BaseGeometry:
         raise AoiError(f"unknown coordinate system ({err})", where="aoi.crs") from err
     span = max(geometry.bounds[2] - geometry.bounds[0], geometry.bounds[3] - geometry.bounds[1])
     dense = geometry.segmentize(span / 50) if span > 0 else geometry
-    return transform(dense, forward.transform, interleaved=False)
+    moved: BaseGeometry = transform(dense, forward.transform, interleaved=False)  # type: ignore[arg-type]
+    return moved
 
 
 @lru_cache(maxsize=8)

@@ -31,9 +31,10 @@ def check_campaign(path: Path, *, as_json: bool = False) -> str:
     facts = _facts(campaign, plan, notes)
     if as_json:
         return json.dumps(facts, indent=1)
+    jobs = ", ".join(f"{stage} {n}" for stage, n in facts["jobs"].items())
     lines = [
         plan.summary(),
-        f"  jobs: {sum(facts['jobs'].values())} ({', '.join(f'{k} {v}' for k, v in facts['jobs'].items())})",
+        f"  jobs: {sum(facts['jobs'].values())} ({jobs})",
         f"  disk: about {facts['disk_mb']:.0f} MB of intermediates and products",
         f"  scenes: {facts['scenes']}",
         *(f"  note: {n}" for n in notes),

@@ -324,7 +324,8 @@ def _unmasked_chips(campaign: Campaign, grid: CampaignGrid) -> xr.Dataset:
     for name in ("folds.gpkg", "labels.json"):
         shutil.copyfile(CHIPS.with_name(name), folder / name)
     cut_chips(campaign, grid, folder, folder)
-    return read_store(folder / "chips.zip").load()
+    chips: xr.Dataset = read_store(folder / "chips.zip").load()
+    return chips
 
 
 def _forest_scores(chips: xr.Dataset, task: TaskSpec, seed: int) -> dict[str, float]:

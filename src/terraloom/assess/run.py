@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 
 def draw_sample(campaign: Campaign) -> None:
-    """Draw the stratified random sample from the map; writes ``sample.gpkg`` and ``design.json``."""
+    """Draw the stratified random sample; writes ``sample.gpkg`` and ``design.json``."""
     sample = _settings(campaign)
     legend = read_legend(str(campaign.land_cover.classes))
     drawn = stratified_sample(

@@ -34,7 +34,7 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode, deep: bool = False) ->
 
 _UniqueKeys.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-    lambda loader, node: _mapping(loader, node, deep=True),
+    lambda loader, node: _mapping(loader, node, deep=True),  # type: ignore[arg-type]
 )
 
 

@@ -64,4 +64,5 @@ def noise_matrix(
     np.add.at(joint, (np.asarray(likely), np.asarray(labels)), 1.0)
     empty = joint.sum(axis=1) == 0
     joint[empty, empty.nonzero()[0]] = 1.0
-    return joint / joint.sum(axis=1, keepdims=True)
+    out: npt.NDArray[np.float64] = joint / joint.sum(axis=1, keepdims=True)
+    return out

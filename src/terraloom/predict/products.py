@@ -101,7 +101,8 @@ def _reader(name: str, task: Task | None, legend: Legend) -> Callable[[Tile], np
             return _image(tile)
         store = read_store(TILES / f"{tile.name}.zip")
         if name == "class_map":
-            return codes[store["class_index"].to_numpy()][None]
+            mapped: npt.NDArray[Any] = codes[store["class_index"].to_numpy()][None]
+            return mapped
         values: npt.NDArray[Any] = store[name].to_numpy()
         return values if values.ndim == 3 else values[None]
 
@@ -129,6 +130,8 @@ def _windows(
 def _image(tile: Tile) -> npt.NDArray[np.uint8]:
     """Natural colours 1-255 of the last period that has data, 0 where there are none."""
     store = read_store(CUBES / f"{tile.name}.zip")
+    if "s2_10" not in store:  # a campaign without optical scenes has no picture
+        return np.zeros((3, *tile.geobox.shape), np.uint8)
     bands = [str(b) for b in store["band_s2_10"].to_numpy()]
     pick = [bands.index(b) for b in ("B04", "B03", "B02")]
     rgb = np.full((3, *tile.geobox.shape), np.nan, np.float32)
@@ -143,7 +146,7 @@ def _stretch(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     # Reflectance .02-.30 covers land without clouds; the root lifts forests out of the dark.
     scaled = np.clip((rgb - 0.02) / 0.28, 0, 1) ** 0.6
     out = np.nan_to_num(1 + 254 * scaled, nan=0.0)
-    return out.astype(np.uint8)
+    return np.asarray(out, dtype=np.uint8)
 
 
 def _facts(campaign: Campaign, grid: CampaignGrid, legend: Legend) -> dict[str, Any]:

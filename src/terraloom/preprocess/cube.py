@@ -1,8 +1,8 @@
 """The cube: a tile's harmonised stack, one masked composite per period at native resolutions.
 
 Optical bands are masked medians of reflectance, SAR bands means of linear power kept as decibels,
-static layers (elevation) are read once. Every band is resampled at most once: shift, reprojection and
-resolution change are one warp, and bands that lie on the tile's lattice are not resampled at all.
+static layers (elevation) are read once. Every band is resampled at most once: shift, reprojection
+and resolution change are one warp, and bands on the tile's lattice are not resampled at all.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def mask_on(geobox: GeoBox, scene: Scene) -> Bits:
     )
     fine = _joined(scene, _placed(fine_box, scene))
     parts = fine.reshape(h, factor, w, factor)
-    return np.bitwise_or.reduce(np.bitwise_or.reduce(parts, axis=3), axis=1)
+    bits: Bits = np.bitwise_or.reduce(np.bitwise_or.reduce(parts, axis=3), axis=1)
+    return bits
 
 
 def _joined(scene: Scene, geobox: GeoBox) -> Bits:
@@ -114,22 +115,24 @@ def _joined(scene: Scene, geobox: GeoBox) -> Bits:
 
 
 def _median(stack: Float) -> Float:
-    if stack.shape[0] == 1:
-        return stack[0]
+    if len(stack) == 1:
+        only: Float = stack[0]
+        return only
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN pixels stay NaN: wanted
-        return np.nanmedian(stack, axis=0).astype(np.float32)
+        return np.asarray(np.nanmedian(stack, axis=0), dtype=np.float32)
 
 
 def _mean(stack: Float) -> Float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(stack, axis=0).astype(np.float32)
+        return np.asarray(np.nanmean(stack, axis=0), dtype=np.float32)
 
 
 def _mean_db(stack: Float) -> Float:
     """Mean of decibels, taken in linear power: averaging decibels is biased by speckle."""
-    return 10 * np.log10(_mean(10 ** (stack / 10)))
+    power = np.power(10, stack / 10, dtype=np.float32)
+    return np.asarray(10 * np.log10(_mean(power)), dtype=np.float32)
 
 
 _REDUCE = {"optical": _median, "sar": _mean_db, "dem": _mean}
@@ -142,7 +145,7 @@ def _composite(scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, ki
         return out
     clear = [(mask_on(geobox, s) & INVALID) == 0 for s in scenes]
     for b, band in enumerate(bands):
-        stack = np.stack([read_band(s.item, band, _placed(geobox, s)) for s in scenes])
+        stack = np.stack([read_band(dict(s.item), band, _placed(geobox, s)) for s in scenes])
         for t, ok in enumerate(clear):
             stack[t][~ok] = np.nan
         out[b] = _REDUCE[kind](stack)
@@ -256,7 +259,10 @@ def _assemble(
 def _inside(geobox: GeoBox, grid: CampaignGrid) -> npt.NDArray[np.bool_]:
     from rasterio.features import geometry_mask
 
-    return geometry_mask([grid.aoi], out_shape=geobox.shape, transform=geobox.affine, invert=True)
+    inside: npt.NDArray[np.bool_] = geometry_mask(
+        [grid.aoi], out_shape=geobox.shape, transform=geobox.affine, invert=True
+    )
+    return inside
 
 
 def _dataset(

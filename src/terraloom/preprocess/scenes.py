@@ -54,7 +54,9 @@ log = get_logger(__name__)
 
 
 def verify_items(campaign: Campaign, grid: CampaignGrid) -> None:
-    """Check every used item's assets and radiometry and write ``verified.json``: id to ``ok`` or what is wrong.
+    """Check assets and radiometry of all used items.
+
+    Writes ``verified.json``: id to ``ok`` or what is wrong.
 
     Raises:
         SceneError: With policy ``stop`` the first bad item; with ``skip-and-report`` when more
