@@ -182,7 +182,7 @@ def window_of(inner: GeoBox, outer: GeoBox) -> tuple[slice, slice]:
         GridError: Different CRS, resolution or sub-pixel phase. Never rounds silently.
     """
     rel = ~outer.affine @ inner.affine
-    c0, r0 = rel * (0, 0)
+    c0, r0 = rel @ (0, 0)
     same = inner.crs == outer.crs and abs(rel.a - 1) < 1e-6 and abs(rel.e - 1) < 1e-6
     if not same or abs(c0 - round(c0)) > 1e-3 or abs(r0 - round(r0)) > 1e-3:
         raise GridError(
@@ -222,7 +222,7 @@ def _one_pixel_area(geobox: GeoBox, row: int, column: int) -> float:
     # 16 columns instead of one: keeps the polygon area far from rounding error.
     span = 16
     corners = [(column, row), (column + span, row), (column + span, row + 1), (column, row + 1)]
-    xy = [geobox.affine * c for c in corners]
+    xy = [geobox.affine @ c for c in corners]
     lon, lat = to_deg.transform([p[0] for p in xy], [p[1] for p in xy])
     area, _ = Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)
     return abs(float(area)) / span

@@ -33,7 +33,7 @@ BOX = GeoBox((60, 90), Affine(10, 0, 300000, 0, -10, 5900040), "EPSG:32633")
 def coordinates(box: GeoBox) -> np.ndarray:
     """Pixels whose value is their own x coordinate: a resampling error shows as metres."""
     h, w = box.shape
-    x = box.affine.c + (np.arange(w) + 0.5) * box.affine.a
+    x = box.affine.c - 300000 + (np.arange(w) + 0.5) * box.affine.a
     return np.broadcast_to(x, (h, w)).astype(np.float32).copy()
 
 

@@ -262,7 +262,7 @@ def gather_scenes(campaign: Campaign, *, decided: bool = True) -> list[Scene]:
             scenes without shifts, for the stages before.
 
     Raises:
-        CoverageError: No scene is left.
+        CoverageError: A source of the campaign has no scene left.
     """
     parts = _parts(campaign)
     items = _usable()
@@ -272,12 +272,22 @@ def gather_scenes(campaign: Campaign, *, decided: bool = True) -> list[Scene]:
         used = set(table.loc[table["decision"] == "use", "id"])
         items = [i for i in items if i["id"] in used]
         shifts = read_json(SHIFTS)["shifts"]
-    if not items:
-        raise CoverageError(
-            "no scene is left after the quality checks", where=f"campaign {campaign.name}",
-            fix="see results/scenes/quality.csv; lower scenes.min_clear_pct or widen cube.periods",
-        )  # fmt: skip
+    _require_all_sources(campaign, items)
     return [Scene(i, parts.of(i["id"]), _shift(shifts.get(i["id"]))) for i in items]
+
+
+def _require_all_sources(campaign: Campaign, items: Sequence[dict[str, Any]]) -> None:
+    """A map from radar and elevation alone must not pass for one from all sources."""
+    left = {i["source"] for i in items}
+    lost = [s.source for s in campaign.sources if s.source not in left]
+    if lost:
+        raise CoverageError(
+            f"no scene of {', '.join(lost)} is left after the quality checks",
+            where=f"campaign {campaign.name}", allowed="at least one usable scene per source",
+            fix="see `why` in results/scenes/quality.csv and verified.json; then lower "
+            "scenes.min_clear_pct, widen cube.periods, set coregister.enabled to false, or leave "
+            "the source out",
+        )  # fmt: skip
 
 
 def _shift(record: dict[str, Any] | None) -> Shift | None:

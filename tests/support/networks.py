@@ -1,0 +1,42 @@
+"""Networks that were never trained, for tests of everything but their skill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from terraloom.config.base import TaskKind
+from terraloom.config.campaign import Campaign
+from terraloom.grid import CampaignGrid
+from terraloom.io import write_json
+from terraloom.legend import read_legend
+from terraloom.models.fusion import FusionSpec, Normalisation, index_pairs
+from terraloom.models.heads import TaskSpec
+from terraloom.models.registry import build, save_member
+from terraloom.predict.reader import CubeReader
+
+
+def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) -> None:
+    """Save members with random weights that fit the cubes of the run in the working directory."""
+    channels = {g: tuple(n) for g, n in CubeReader(Path("work/cube"), grid).channels.items()}
+    legend = read_legend(str(campaign.land_cover.classes))
+    tasks = tuple(
+        TaskSpec(t.name, t.kind.value, legend.names if t.kind is TaskKind.SEGMENTATION else ())
+        for t in campaign.tasks
+    )
+    spec = FusionSpec(channels, tasks, width=8)
+    rng = np.random.default_rng(0)
+    normalisation = {
+        g: Normalisation(*(tuple(rng.uniform(0.1, 0.3, len(n) + len(index_pairs(g, n))))
+                           for _ in range(2)))
+        for g, n in channels.items()
+    }  # fmt: skip
+    for m in range(members):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(m)
+            net = build(spec, normalisation)
+        save_member(Path(f"results/model/fold-0/member-{m}.safetensors"), net.state_dict(), spec,
+                    normalisation)  # fmt: skip
+    write_json("results/model/calibration.json", {"temperature": 1.3})
