@@ -11,13 +11,13 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow test-slurm check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
 	@echo "make rehearsal  run on a simulated region and score every stage; runs/rehearsal/"
 	@echo "make test       lint, types, unit and workflow tests"
-	@echo "make test-slow  the long tests; make test-slurm on a one-node SLURM"
+	@echo "make test-slow  the long tests; make on a one-node SLURM"
 	@echo "make bench      print the benchmark tables"
 
 # The lock is complete and flat, so nothing is resolved: --no-deps keeps out the GDAL bindings
@@ -59,9 +59,6 @@ test: lint
 
 test-slow: $(READY)
 	pytest -m slow tests
-
-test-slurm: $(READY)
-	bash tests/slurm/run.sh
 
 schema: $(READY)
 	terraloom schema

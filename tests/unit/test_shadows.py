@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from terraloom.acquire.sun import sun_position
 from terraloom.errors import SceneError
-from terraloom.preprocess.shadows import cast_shadow, darkness, shadow_displacement, sun_position
+from terraloom.preprocess.shadows import cast_shadow, darkness, shadow_displacement
 
 
 def test_sun_position_matches_the_published_example_of_reda_and_andreas():

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ __all__ = [
     "darkness",
     "local_median",
     "shadow_displacement",
-    "sun_position",
 ]
 
 BoolArray = npt.NDArray[np.bool_]
@@ -62,44 +60,6 @@ class ShadowResult:
     mask: BoolArray
     height_m: float
     agreement: float
-
-
-def sun_position(when: datetime, lon: float, lat: float) -> tuple[float, float]:
-    """Azimuth and elevation of the sun, without refraction.
-
-    Algorithm of the Astronomical Almanac as given by Michalsky (1988), Solar Energy 40, 227-235:
-    within 0.01 degree from 1950 to 2050.
-
-    Args:
-        when: Time; a naive one is taken as UTC.
-        lon: Longitude, degrees east.
-        lat: Latitude, degrees north.
-
-    Returns:
-        Azimuth clockwise from north (0-360) and elevation above the horizon, degrees.
-    """
-    moment = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
-    days = (moment - datetime(2000, 1, 1, 12, tzinfo=UTC)).total_seconds() / 86_400.0
-    mean_lon = math.radians((280.460 + 0.9856474 * days) % 360.0)
-    anomaly = math.radians((357.528 + 0.9856003 * days) % 360.0)
-    ecliptic = mean_lon + math.radians(1.915 * math.sin(anomaly) + 0.020 * math.sin(2.0 * anomaly))
-    obliquity = math.radians(23.439 - 0.0000004 * days)
-    right_ascension = math.atan2(math.cos(obliquity) * math.sin(ecliptic), math.cos(ecliptic))
-    declination = math.asin(math.sin(obliquity) * math.sin(ecliptic))
-    # Greenwich mean sidereal time, in hours at any instant.
-    sidereal_hours = (18.697374558 + 24.06570982441908 * days) % 24.0
-    hour_angle = math.radians(sidereal_hours * 15.0 + lon) - right_ascension
-    phi = math.radians(lat)
-    elevation = math.asin(
-        math.sin(phi) * math.sin(declination)
-        + math.cos(phi) * math.cos(declination) * math.cos(hour_angle)
-    )
-    azimuth = math.atan2(
-        -math.sin(hour_angle) * math.cos(declination),
-        math.cos(phi) * math.sin(declination)
-        - math.sin(phi) * math.cos(declination) * math.cos(hour_angle),
-    )
-    return math.degrees(azimuth) % 360.0, math.degrees(elevation)
 
 
 def shadow_displacement(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from terraloom.acquire.simulate.phenology import (
     end_members,
     vegetation,
 )
+from terraloom.acquire.sun import sun_position
 from terraloom.config.simulation import Simulation
 
 __all__ = [
@@ -47,7 +48,6 @@ __all__ = [
     "render",
     "shadow_offset_px",
     "sky_codes",
-    "sun_position",
     "surface",
 ]
 
@@ -127,20 +127,6 @@ class Sky:
     haze: F32
 
 
-def sun_position(day_of_year: int, hour_utc: float, lon: float, lat: float) -> tuple[float, float]:
-    """Azimuth (clockwise from north) and elevation of the sun, degrees.
-
-    Cooper's (1969) declination; no equation of time, good to about 4 degrees of azimuth.
-    """
-    decl = np.radians(23.45 * np.sin(2 * np.pi * (284 + day_of_year) / 365))
-    hour = np.radians(15 * (hour_utc - 12) + lon)
-    phi = np.radians(lat)
-    sin_el = np.sin(phi) * np.sin(decl) + np.cos(phi) * np.cos(decl) * np.cos(hour)
-    south = np.cos(hour) * np.sin(phi) - np.tan(decl) * np.cos(phi)
-    azimuth = np.degrees(np.arctan2(np.sin(hour), south)) + 180
-    return float(azimuth % 360), float(np.degrees(np.arcsin(sin_el)))
-
-
 def shadow_offset_px(height_m: float, azimuth_deg: float, elevation_deg: float) -> Shift:
     """Where a cloud's shadow falls from the cloud as seen from above, (down, right) in px.
 
@@ -173,7 +159,8 @@ def optical_scenes(sim: Simulation, land: Landscape) -> list[Scene]:
     lon, lat = _center(land)
     scenes = []
     for i, when in enumerate(dates):
-        azimuth, elevation = sun_position(when.timetuple().tm_yday, 10.2, lon, lat)
+        instant = datetime(when.year, when.month, when.day, 10, 12, tzinfo=UTC)
+        azimuth, elevation = sun_position(instant, lon, lat)
         scenes.append(
             Scene(
                 id=f"SIM_S2_{when:%Y%m%d}", index=i, when=when,
