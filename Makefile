@@ -17,7 +17,7 @@ help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
 	@echo "make rehearsal  run on a simulated region and score every stage; runs/rehearsal/"
 	@echo "make test       lint, types, unit and workflow tests"
-	@echo "make test-slow  the long tests; make on a one-node SLURM"
+	@echo "make test-slow  the long tests"
 	@echo "make bench      print the benchmark tables"
 
 # The lock is complete and flat, so nothing is resolved: --no-deps keeps out the GDAL bindings

@@ -242,32 +242,52 @@ def read_window(
     """
     import rasterio
     from rasterio.enums import Resampling
-    from rasterio.errors import RasterioIOError
-    from rasterio.vrt import WarpedVRT
+    from rasterio.errors import RasterioError
 
     with rasterio.Env(**GDAL_ENV), _open(href) as src:
         nodata = src.nodata if src_nodata is None else src_nodata
+        options = {
+            "resampling": Resampling[resampling],
+            "src_nodata": nodata,
+            "tolerance": 0.001,  # pixels; the default .125 would show at tile borders
+            **_scale(src, geobox),
+        }
         try:
-            with WarpedVRT(
-                src,
-                crs=str(geobox.crs),
-                transform=geobox.affine,
-                width=geobox.shape[1],
-                height=geobox.shape[0],
-                resampling=Resampling[resampling],
-                src_nodata=nodata,
-                nodata=nodata,
-                tolerance=0.001,  # pixels; the default .125 would show at tile borders
-                **_scale(src, geobox),
-            ) as vrt:
-                data: npt.NDArray[Any] = vrt.read(band)
-                return data
-        except RasterioIOError as err:
+            return _warp(src, band, geobox, nodata, options)
+        except RasterioError as err:
             raise SceneError(
                 f"the raster cannot be read to the end ({err})",
                 where=str(href),
                 fix="the file is truncated or damaged; fetch it again",
             ) from err
+
+
+def _warp(
+    src: Any, band: int, geobox: GeoBox, nodata: float | None, options: dict[str, Any]
+) -> npt.NDArray[Any]:
+    """The one warp, of the band asked for alone.
+
+    A ``WarpedVRT`` of many bands takes zeros for missing where every band is zero in the window
+    (GDAL 3.10), so such rasters go another way.
+    """
+    import rasterio
+    from rasterio.vrt import WarpedVRT
+    from rasterio.warp import reproject
+
+    crs, affine = str(geobox.crs), geobox.affine
+    if src.count > 1:
+        data = np.zeros(geobox.shape, src.dtypes[band - 1])
+        reproject(
+            rasterio.band(src, band), data, dst_crs=crs, dst_transform=affine,
+            dst_nodata=nodata, **options,
+        )  # fmt: skip
+        return data
+    h, w = geobox.shape
+    with WarpedVRT(
+        src, crs=crs, transform=affine, width=w, height=h, nodata=nodata, **options
+    ) as vrt:
+        only: npt.NDArray[Any] = vrt.read(band)
+        return only
 
 
 def _scale(src: Any, geobox: GeoBox) -> dict[str, float]:

@@ -179,7 +179,9 @@ def test_source_is_clean(path: Path) -> None:
     for line in abstract:
         assert text.splitlines()[line - 1].strip() == "raise NotImplementedError", f"line {line}"
         assert any(
-            isinstance(n, ast.FunctionDef) and isinstance(n.body[-1], ast.Raise) and len(n.body) <= 2
+            isinstance(n, ast.FunctionDef)
+            and isinstance(n.body[-1], ast.Raise)
+            and len(n.body) <= 2
             and n.body[-1].lineno == line
             for n in ast.walk(tree_of(path))
         ), f"line {line}: unfinished"  # fmt: skip

@@ -159,3 +159,15 @@ def test_archives_carry_no_clock(tmp_path: Path) -> None:
     write_store(tmp_path / "a.zip", xr.Dataset({"v": ("x", np.arange(3))}))
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert {i.date_time for i in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_zeros_of_many_bands_are_values(tmp_path: Path) -> None:
+    """A window where every band is zero is not missing (a clear sky in a mask of many scenes)."""
+    path = tmp_path / "mask.tif"
+    bits = np.zeros((4, *BOX.shape), np.uint8)
+    bits[:, :, :20] = 2
+    write_raster(path, bits, BOX, nodata=255)
+    fine = GeoBox((40, 60), Affine(5, 0, 300400, 0, -5, 5900000), BOX.crs)
+    for band in (1, 4):
+        assert (read_window(path, fine, band=band) == 0).all()
+    assert (read_window(path, BOX.translate_pix(85, 0), band=2)[:, 6:] == 255).all()

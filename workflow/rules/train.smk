@@ -15,7 +15,16 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(240),
         params:
-            config=keys("tasks", "model", "seed", "folds.count"),
+            config=keys(
+                "tasks",
+                "seed",
+                "folds.count",
+                "model.members",
+                "model.width",
+                "model.epochs",
+                "model.batch",
+                "model.learning_rate",
+            ),
             code=code_digest("train.run"),
         message:
             "Train the members that do not see fold {wildcards.fold}"
@@ -26,6 +35,10 @@ if building("model"):
     rule fit_baseline:
         input:
             chips="results/chips/chips.zip",
+            folds="results/chips/folds.gpkg",
+            labels="results/chips/labels.json",
+            quality="results/scenes/quality.csv",
+            shifts="results/scenes/shifts.json",
         output:
             "results/model/baseline.json",
         log:
@@ -64,7 +77,9 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            config=keys("tasks", "seed", "folds.count", "model.members"),
+            config=keys(
+                "tasks", "seed", "folds.count", "model.members", "model.label_noise"
+            ),
             code=code_digest("assess.held_out"),
         message:
             "Calibrate the ensemble on folds that did not train, and score it there"

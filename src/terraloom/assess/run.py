@@ -160,7 +160,7 @@ def _record(
         "level": report.level,
         "sample": {
             "kind": str(report.kind), "size": report.n_units, "allocation": sample.allocation,
-            "not_covered_share": read_json(MAP / "design.json").get("not_covered_share"),
+            "not_covered_share": read_json(MAP / "design.json")["not_covered"]["share"],
             "answers": "simulated truth" if sample.answers == "truth" else sample.answers,
         },
         "report": report.to_dict(),

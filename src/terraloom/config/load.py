@@ -50,7 +50,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(
             "there is no such file", where=str(path), fix="write one with `terraloom init`"
         ) from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+    except (yaml.YAMLError, ValueError) as err:  # an impossible date is a ValueError
         raise ConfigError(f"not valid YAML: {err}", where=str(path)) from err
     if not isinstance(data, dict):
         raise ConfigError("the file holds no keys", where=str(path))
