@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/prediction.py [RUN_FOLDER]     a finished run of the demo; default: .
 
-The memory rows repeat one tile of that run (hard links), predict it with all members of the run
+The memory rows repeat one tile of that run (hard links), predict it with one member of the run
 and write each tile: 2016 and 8064 px are the multiples of the 48 px lattice next to 2048 and 8192.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def memory(run: Path, size_px: int) -> None:
     torch.set_num_threads(1)
     campaign = load_campaign("work/campaign.yaml")
     ensemble = Ensemble.load()
+    ensemble = replace(ensemble, members=ensemble.members[:1])
     side = size_px * 10
     grid = CampaignGrid.from_aoi(box(0, 0, side, side), "EPSG:32633", tile_px=TILE_PX)
     first = campaign_grid(campaign).tiles()[0]

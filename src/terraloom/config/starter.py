@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from terraloom.errors import AoiError, ConfigError
@@ -65,10 +66,17 @@ def write_starter(aoi: str, out: Path, *, labels: str, column: str, year: int) -
 
     Raises:
         AoiError: The AOI is neither a readable file nor four numbers.
-        ConfigError: ``out`` exists.
+        ConfigError: ``out`` exists, or its name cannot be that of a campaign.
     """
     if out.exists():
         raise ConfigError("the file exists already", where=str(out), fix="choose another --out")
+    name = out.stem.lower().replace(" ", "-")
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a campaign", where=str(out),
+            allowed="a letter, then at most 39 lower-case letters, digits, - or _",
+            fix="choose another --out",
+        )  # fmt: skip
     parts = aoi.split(",")
     if len(parts) == 4:
         try:
@@ -86,7 +94,6 @@ def write_starter(aoi: str, out: Path, *, labels: str, column: str, year: int) -
 
         read_aoi(aoi, None, "")
         block = f"  file: {aoi}"
-    name = out.stem.lower().replace(" ", "-")
     text = _TEXT.format(path=out, name=name, aoi=block, labels=labels, column=column, year=year)
     write_text(out, text)
     return out

@@ -1,0 +1,228 @@
+"""Prediction: a pixel's result does not depend on how the region is cut, and gaps stay gaps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from shapely import box
+
+from support.networks import random_ensemble
+from terraloom.config.campaign import Campaign
+from terraloom.config.load import parse_campaign
+from terraloom.errors import ModelError, StateError
+from terraloom.grid import CampaignGrid
+from terraloom.io import read_json, read_store, write_json, write_store
+from terraloom.predict.engine import Ensemble, predict_batch
+from terraloom.predict.reader import CubeReader
+from terraloom.preprocess.reasons import Reason
+
+H, W = 240, 240
+GEOBOX = GeoBox((H, W), Affine(10, 0, 399960, 0, -10, 5800020), "EPSG:32633")
+GROUPS = {"s2_10": ["B04", "B08"], "s2_20": ["B05", "B11"], "s2_60": ["B09"]}
+
+
+def campaign(tile_px: int) -> Campaign:
+    return parse_campaign(
+        {
+            "name": "t", "title": "T", "aoi": {"bbox": [0, 0, 1, 1]},
+            "grid": {"tile_px": tile_px, "tiles_per_job": 100},
+            "sources": [{"source": "sentinel-2-l1c"}],
+            "cube": {"periods": [{"name": "a", "start": "2023-01-01", "end": "2023-12-31"}]},
+            "tasks": [
+                {"name": "lc", "kind": "segmentation", "classes": "classes.csv",
+                 "labels": {"file": "l.gpkg", "column": "c"}},
+                {"name": "height", "kind": "regression", "range": [0, 40],
+                 "labels": {"file": "l.gpkg", "column": "h"}},
+                {"name": "edge", "kind": "boundary", "labels": {"file": "l.gpkg"}},
+            ],
+        }
+    )  # fmt: skip
+
+
+def world() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Smooth values with noise and gaps at native resolutions, and reasons (H, W)."""
+    rng = np.random.default_rng(3)
+    data: dict[str, np.ndarray] = {}
+    for group, bands in GROUPS.items():
+        f = int(group[3:]) // 10
+        x = rng.uniform(0.02, 0.5, (1, len(bands), H // f, W // f)).astype(np.float32)
+        x[:, :, : 60 // f, 120 // f : 180 // f] = np.nan
+        data[group] = x
+    reasons = np.zeros((H, W), np.uint8)
+    reasons[:60, 120:180] = Reason.CLOUD
+    reasons[-30:, :48] = Reason.NODATA
+    reasons[100:110] = Reason.WATER
+    return data, reasons
+
+
+def cut(folder: Path, tile_px: int) -> tuple[Campaign, CampaignGrid]:
+    """The same world as cubes of a tile size."""
+    data, reasons = world()
+    b = GEOBOX.boundingbox
+    grid = CampaignGrid(GEOBOX, tile_px, box(b.left, b.bottom, b.right, b.top))
+    manifest = {}
+    for tile in grid.tiles():
+        r, c = tile.row * tile_px, tile.column * tile_px
+        h, w = tile.geobox.shape
+        parts: dict[str, Any] = {"reasons": (("y_10", "x_10"), reasons[r : r + h, c : c + w])}
+        coords: dict[str, Any] = {"period": ["a"]}
+        for group, bands in GROUPS.items():
+            res, f = group[3:], int(group[3:]) // 10
+            window = data[group][..., r // f : (r + h) // f, c // f : (c + w) // f]
+            parts[group] = (("period", f"band_{group}", f"y_{res}", f"x_{res}"), window)
+            coords[f"band_{group}"] = bands
+        write_store(folder / f"work/cube/{tile.name}.zip", xr.Dataset(parts, coords=coords))
+        manifest[tile.name] = {"digest": tile.name}
+    write_json(folder / "work/cube/b0000.json", {"tiles": manifest})
+    (folder / "classes.csv").write_text("code,name,color\n1,a,#000000\n4,b,#111111\n9,c,#222222\n")
+    return campaign(tile_px), grid
+
+
+def whole(grid: CampaignGrid) -> dict[str, np.ndarray]:
+    """Predicted tiles joined to the region."""
+    out: dict[str, np.ndarray] = {}
+    for tile in grid.tiles():
+        store = read_store(f"work/predict/{tile.name}.zip")
+        r, c = tile.row * grid.tile_px, tile.column * grid.tile_px
+        for name, values in store.data_vars.items():
+            x = values.to_numpy()
+            full = out.setdefault(str(name), np.zeros((*x.shape[:-2], H, W), x.dtype))
+            full[..., r : r + x.shape[-2], c : c + x.shape[-1]] = x
+    return out
+
+
+def predicted(folder: Path, tile_px: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    monkeypatch.chdir(folder)
+    c, grid = cut(folder, tile_px)
+    random_ensemble(c, grid)
+    predict_batch(c, grid, "b0000")
+    return whole(grid)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The region predicted as one tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        return predicted(tmp_path_factory.mktemp("one"), 240, patch)
+
+
+def test_the_reference_says_something(reference: dict[str, np.ndarray]) -> None:
+    """Invariance of a constant would prove nothing."""
+    assert len(np.unique(reference["class_index"])) == 4  # three classes and none
+    assert reference["probabilities"][:, 120:].std() > 2
+    assert reference["uncertainty"][2, 120:, 100:].max() > 0, "members disagree somewhere"
+
+
+@pytest.mark.parametrize("tile_px", [96, 144])
+def test_results_do_not_depend_on_the_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, np.ndarray], tile_px: int
+) -> None:
+    got = predicted(tmp_path, tile_px, monkeypatch)
+    assert got.keys() == reference.keys()
+    assert np.array_equal(got["class_index"], reference["class_index"])
+    for name in ("probabilities", "uncertainty", "edge"):
+        # Encoded in 200 steps: a value on the edge between two may round to either.
+        step = np.abs(got[name].astype(int) - reference[name].astype(int))
+        assert step.max() <= 1 and (step > 0).mean() < 1e-3, name
+    assert got["height"] == pytest.approx(reference["height"], abs=1e-3)
+
+
+def test_raw_probabilities_agree_to_the_last_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window inside the region equals the same window cut out of the whole."""
+    monkeypatch.chdir(tmp_path)
+    c, grid = cut(tmp_path, 96)
+    random_ensemble(c, grid)
+    ensemble, reader = Ensemble.load(), CubeReader(Path("work/cube"), grid)
+    halo = ensemble.halo_px
+    assert halo % 12 == 0
+    full = ensemble.predict(reader.window(-halo, -halo, H + 2 * halo, W + 2 * halo))["lc"]
+    part = ensemble.predict(reader.window(96 - halo, 144 - halo, 48 + 2 * halo, 48 + 2 * halo))
+    inner = part["lc"][..., halo : halo + 48, halo : halo + 48]
+    expected = full[..., halo + 96 : halo + 144, halo + 144 : halo + 192]
+    assert inner == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_gap_is_never_a_class(reference: dict[str, np.ndarray]) -> None:
+    _, reasons = world()
+    gap = np.isin(reasons, (Reason.CLOUD, Reason.NODATA))
+    assert np.all(reference["class_index"][gap] == 255)
+    assert np.all(reference["class_index"][~gap] < 3), "water is mapped"
+    for name, nodata in (("probabilities", 255), ("uncertainty", 255), ("edge", 255),
+                         ("height", -9999)):  # fmt: skip
+        assert np.all(reference[name][..., gap] == nodata), name
+        assert np.all(reference[name][..., ~gap] != nodata), name
+        assert np.isfinite(reference[name]).all()
+    assert np.array_equal(reference["reasons"], reasons)
+
+
+def test_products_keep_to_their_ranges(reference: dict[str, np.ndarray]) -> None:
+    there = reference["class_index"] != 255
+    p = reference["probabilities"][:, there].astype(int)
+    assert p.max() <= 200 and np.all(np.abs(p.sum(axis=0) - 200) <= 2)
+    best = p.argmax(axis=0) == reference["class_index"][there]
+    ties = np.sort(p, axis=0)[-1] - np.sort(p, axis=0)[-2] <= 1
+    assert np.all(best | ties)
+    total, aleatoric, epistemic = reference["uncertainty"][:, there].astype(int)
+    assert np.all(np.abs(total - aleatoric - epistemic) <= 2) and total.max() <= 200
+    mean, *sd = reference["height"][:, there]
+    assert mean.min() >= 0 and mean.max() <= 40 and all(s.min() >= 0 for s in sd)
+
+
+def test_the_reader_joins_tiles_and_pads_with_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, grid = cut(tmp_path, 96)
+    data, _ = world()
+    window = CubeReader(Path("work/cube"), grid).window(-12, 84, 180, 240)
+    for group, x in data.items():
+        f = int(group[3:]) // 10
+        got = window[group]
+        assert np.isnan(got[:, : 12 // f]).all(), "above the region"
+        assert np.isnan(got[:, :, 156 // f :]).all(), "right of it"
+        np.testing.assert_array_equal(
+            got[:, 12 // f :, : 156 // f], x[0][:, : 168 // f, 84 // f :], group
+        )
+
+
+def test_finished_tiles_are_kept_and_a_changed_neighbour_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    c, grid = cut(tmp_path, 96)
+    random_ensemble(c, grid)
+    predict_batch(c, grid, "b0000")
+    stamps = {p.name: p.stat().st_mtime_ns for p in Path("work/predict").glob("*.zip")}
+    assert len(stamps) == 9
+    predict_batch(c, grid, "b0000")
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in Path("work/predict").glob("*.zip")}
+    record = read_json("work/cube/b0000.json")
+    record["tiles"]["x000y000"]["digest"] = "changed"
+    write_json("work/cube/b0000.json", record)
+    predict_batch(c, grid, "b0000")
+    after = {p.name: p.stat().st_mtime_ns for p in Path("work/predict").glob("*.zip")}
+    changed = {n for n in stamps if stamps[n] != after[n]}
+    near = {"x000y000.zip", "x001y000.zip", "x000y001.zip", "x001y001.zip"}
+    assert changed == near, "only what the halo reaches"
+
+
+def test_members_that_are_missing_or_exchanged_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no member"):
+        Ensemble.load()
+    c, grid = cut(tmp_path, 240)
+    random_ensemble(c, grid)
+    first, second = sorted(Path("results/model/fold-0").glob("*.safetensors"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(StateError, match="differ from their card"):
+        Ensemble.load()
