@@ -20,7 +20,8 @@ from terraloom.predict.reader import CubeReader
 
 def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) -> None:
     """Save members with random weights that fit the cubes of the run in the working directory."""
-    channels = {g: tuple(n) for g, n in CubeReader(Path("work/cube"), grid).channels.items()}
+    found = CubeReader(Path("work/cube"), grid).channels
+    channels = {g: tuple(found[g]) for g in sorted(found)}  # a store keeps no order
     legend = read_legend(str(campaign.land_cover.classes))
     tasks = tuple(
         TaskSpec(t.name, t.kind.value, legend.names if t.kind is TaskKind.SEGMENTATION else ())
@@ -37,6 +38,11 @@ def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(m)
             net = build(spec, normalisation)
+            with torch.no_grad():
+                # Fresh weights hardly look beyond their nearest pixels; these do.
+                for weight in net.parameters():
+                    if weight.ndim == 4:
+                        weight.mul_(2)
         save_member(Path(f"results/model/fold-0/member-{m}.safetensors"), net.state_dict(), spec,
                     normalisation)  # fmt: skip
     write_json("results/model/calibration.json", {"temperature": 1.3})

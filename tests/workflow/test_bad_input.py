@@ -311,11 +311,16 @@ def test_bad_asset(run: Run, keys: dict[str, Any], damage: Callable[..., None]) 
     complains(said, item, BROKEN[damage], allowed=False)
     nothing_written("results/scenes/items.json")
 
-    # The other policy leaves the item out and says so, as long as it is not too many.
+
+def test_a_bad_item_is_left_out_or_too_many(run: Run, keys: dict[str, Any]) -> None:
+    """The other policy leaves the item out and says so, as long as it is not too many."""
+    run("lock-items", "--campaign", "bad.yaml", campaign=keys, fails=False)
+    item = "SIM_S2_20220701"
+    missing(Path(S2) / item / "B04.tif", {})
     keys["scenes"] |= {"on_bad_item": "skip-and-report", "max_failed_pct": 20}
     run("verify-items", "--campaign", "bad.yaml", campaign=keys, fails=False)
     verdicts = read_json("results/scenes/verified.json")
-    assert BROKEN[damage] in verdicts.pop(item) and set(verdicts.values()) == {"ok"}
+    assert "the file is missing" in verdicts.pop(item) and set(verdicts.values()) == {"ok"}
     Path("results/scenes/verified.json").unlink()
     keys["scenes"]["max_failed_pct"] = 10
     said = run("verify-items", "--campaign", "bad.yaml", campaign=keys)

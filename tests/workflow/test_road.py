@@ -48,7 +48,7 @@ def test_all_milestones_stand(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for files in plan().milestones.values():
         for file in files:
             assert (run / file).stat().st_size > 0, file
-    assert (run / "results/map/report.html").read_text().lstrip().startswith("<!doctype html>")
+    assert (run / "results/map/report.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(run.rglob(".tmp-*"))
     logs = [p for p in (run / "logs").rglob("*.log") if "Traceback" in p.read_text()]
     assert not logs
