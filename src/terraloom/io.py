@@ -6,6 +6,7 @@ killed job leaves nothing under a final name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -55,8 +56,26 @@ GDAL_ENV: dict[str, Any] = {
 DRIVERS = ("GTiff", "COG", "JP2OpenJPEG", "JP2ECW", "JP2KAK")
 
 _COG_BLOCK = 512
+#: A disk with less free space than this counts as full, bytes.
+_FULL_BYTES = 1 << 16
 #: Earliest date a zip entry can carry; a fixed one keeps archives byte-identical.
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Turn whatever a library raises on a full disk into the one ``OSError`` that says so.
+
+    GDAL reports a failed write without its cause, so the free space is asked before the temporary
+    file is removed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as err:
+        told = isinstance(err, OSError) and err.errno == errno.ENOSPC
+        if not told and shutil.disk_usage(path.parent).free > _FULL_BYTES:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path.as_posix()) from err
 
 
 @contextmanager
@@ -71,9 +90,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
     os.close(handle)
     tmp = Path(name)
     try:
-        yield tmp
-        with tmp.open("rb") as f:
-            os.fsync(f.fileno())
+        with _full_disk_named(path):
+            yield tmp
+            with tmp.open("rb") as f:
+                os.fsync(f.fileno())
         tmp.chmod(0o644)
         tmp.replace(path)
     finally:
@@ -267,8 +287,8 @@ def _warp(
 ) -> npt.NDArray[Any]:
     """The one warp, of the band asked for alone.
 
-    A ``WarpedVRT`` of many bands takes zeros for missing where every band is zero in the window
-    (GDAL 3.10), so such rasters go another way.
+    GDAL takes the fourth of four uint8 bands for transparency where a file does not say otherwise;
+    a ``WarpedVRT`` of all bands would then drop pixels where that band is zero.
     """
     import rasterio
     from rasterio.vrt import WarpedVRT
@@ -371,8 +391,11 @@ def cog_from_windows(
             "crs": str(geobox.crs), "transform": geobox.affine, "nodata": nodata, "tiled": True,
             "blockxsize": _COG_BLOCK, "blockysize": _COG_BLOCK, "compress": "zstd",
             "zstd_level": 1, "bigtiff": "if_safer", "interleave": "band",
+            # GDAL takes the fourth of four uint8 bands for transparency, unless told otherwise.
+            "photometric": "rgb" if count == 3 and dtype == "uint8" else "minisblack",
+            "alpha": "no",
         }  # fmt: skip
-        with rasterio.open(plain, "w", **profile) as dst:
+        with _full_disk_named(path), rasterio.open(plain, "w", **profile) as dst:
             _dress(dst, band_names, colormap, tags, scales, units)
             for rows, cols, data in windows:
                 window = Window.from_slices(rows, cols)

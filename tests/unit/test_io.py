@@ -171,3 +171,35 @@ def test_zeros_of_many_bands_are_values(tmp_path: Path) -> None:
     for band in (1, 4):
         assert (read_window(path, fine, band=band) == 0).all()
     assert (read_window(path, BOX.translate_pix(85, 0), band=2)[:, 6:] == 255).all()
+
+
+def test_the_fourth_band_is_no_transparency(tmp_path: Path) -> None:
+    """GDAL's default would make a product of four classes vanish where the fourth is zero."""
+    import rasterio
+    from rasterio.enums import ColorInterp
+
+    path = tmp_path / "four.tif"
+    geobox = GeoBox((8, 8), Affine(10, 0, 0, 0, -10, 0), "EPSG:32633")
+    write_raster(path, np.zeros((4, 8, 8), np.uint8), geobox, nodata=255)
+    with rasterio.open(path) as src:
+        assert ColorInterp.alpha not in src.colorinterp
+        assert np.all(src.dataset_mask() == 255)
+
+
+def test_a_full_disk_is_named_whatever_the_library_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import shutil
+    from types import SimpleNamespace
+
+    def broken() -> None:
+        with atomic(tmp_path / "a.gpkg"):
+            raise RuntimeError("Could not add feature to layer")
+
+    with pytest.raises(RuntimeError, match="feature"):
+        broken()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.gpkg'") as err:
+        broken()
+    assert err.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

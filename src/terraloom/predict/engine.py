@@ -7,6 +7,7 @@ the result of a pixel does not depend on tile size, job size or order: there is 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ __all__ = ["PROBABILITY_STEPS", "Ensemble", "predict_batch", "predict_tile"]
 PROBABILITY_STEPS = 200
 PROBABILITY_NODATA = 255
 REGRESSION_NODATA = -9999.0
+#: Rows of a tile whose probabilities are sharpened at once.
+_STRIP_ROWS = 8
 
 MODEL = Path("results/model")
 CUBES = Path("work/cube")
@@ -105,11 +108,13 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
         for file in sorted(CUBES.glob("b*.json"))
         for name, record in read_json(file)["tiles"].items()
     }
+    names = {(t.column, t.row): t.name for t in grid.tiles()}
     start, done_px = time.monotonic(), 0
     manifest: dict[str, Any] = {}
     for tile in progress(tiles, what=f"{batch}: tiles predicted"):
         path = TILES / f"{tile.name}.zip"
-        near = {n: d for n, d in cubes.items() if n in _neighbourhood(tile, grid, ensemble.halo_px)}
+        around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))
+        near = {n: cubes[n] for n in around if n in cubes}
         tasks = [t.model_dump(mode="json") for t in campaign.tasks]
         digest = digest_json([code, ensemble.digest, near, tasks])
         if path.exists() and read_store(path).attrs.get("digest") == digest:
@@ -127,13 +132,11 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
     write_json(TILES / f"{batch}.json", {"tiles": manifest})
 
 
-def _neighbourhood(tile: Tile, grid: CampaignGrid, halo_px: int) -> set[str]:
-    reach = -(-halo_px // grid.tile_px)
-    return {
-        t.name
-        for t in grid.tiles()
-        if abs(t.column - tile.column) <= reach and abs(t.row - tile.row) <= reach
-    }
+def _neighbourhood(tile: Tile, names: Mapping[tuple[int, int], str], reach: int) -> list[str]:
+    """Names of the tiles at most ``reach`` tiles away, itself included; ``names`` by position."""
+    steps = range(-reach, reach + 1)
+    places = [(tile.column + dx, tile.row + dy) for dy in steps for dx in steps]
+    return [names[p] for p in places if p in names]
 
 
 def predict_tile(
@@ -182,7 +185,12 @@ def predict_tile(
 def _classes(
     members: npt.NDArray[np.float32], temperature: float, valid: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
-    parts = decompose_entropy(sharpen(members, temperature))
+    sharp = np.empty(members.shape, np.float32)
+    # Sharpening works in float64: strips stay in cache, copies of the whole ensemble would not.
+    for row in range(0, members.shape[2], _STRIP_ROWS):
+        strip = slice(row, row + _STRIP_ROWS)
+        sharp[:, :, strip] = sharpen(members[:, :, strip], temperature)
+    parts = decompose_entropy(sharp)
     k = members.shape[1]
     index = parts.mean.argmax(axis=0).astype(np.uint8)
     index[~valid] = 255
