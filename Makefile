@@ -11,7 +11,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow test-extras check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
@@ -60,6 +60,11 @@ test: lint
 test-slow: $(READY)
 	pytest -m slow tests
 
+# Optional packages with large files: cloud masks by trained models.
+test-extras: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r envs/requirements-extras.lock 2> >(grep -v WARNING >&2)
+	pytest tests/unit/test_masks.py tests/unit/test_masking.py
+
 schema: $(READY)
 	terraloom schema
 
@@ -67,6 +72,11 @@ bench: $(READY)
 	python benchmarks/stages.py
 	python benchmarks/prediction.py
 	python benchmarks/dry_run.py
+	python benchmarks/reads.py
+	python benchmarks/masks.py
+	python benchmarks/alignment.py
+	python benchmarks/cube.py
+	python benchmarks/networks.py
 
 clean:
 	rm -rf work logs .snakemake benchmarks/*.tsv benchmarks/*/

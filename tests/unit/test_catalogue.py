@@ -92,6 +92,19 @@ def test_bands_agree_with_the_rasters(made: Path, item: pystac.Item):
             assert bands[0].get("nodata") == src.nodata
 
 
+def test_the_picture_says_what_its_colours_show(made: Path, tmp_path: Path):
+    root = Path(shutil.copytree(made, tmp_path / "results"))
+    record = read_json(root / "map" / "map.json")
+    record["image"] = {"kind": "false-colour", "group": "s1_10", "bands": ["VV", "VH", "VV - VH"]}
+    write_json(root / "map" / "map.json", record)
+    catalog = pystac.Catalog.from_file(str(catalogue_products(root, fake_campaign())))
+    image = next(catalog.get_items()).assets["image"]
+    assert image.title == "False-colour image of the last period"
+    bands = image.extra_fields["bands"]
+    assert [b["name"] for b in bands] == ["red", "green", "blue"]
+    assert [b["description"] for b in bands] == ["s1_10 VV", "s1_10 VH", "s1_10 VV - VH"]
+
+
 def test_class_map_carries_the_legend(item: pystac.Item):
     classes = item.assets["class_map"].extra_fields["classification:classes"]
     assert [c["value"] for c in classes] == [0, *LEGEND.codes]

@@ -33,6 +33,7 @@ from terraloom.preprocess.reasons import Reason
 # The names are not in alphabetical order: their order must survive the files.
 LEGEND = Legend((1, 2, 3), ("water", "farm", "bog"), ("#000000", "#000001", "#000002"))
 Clear = tuple[xr.Dataset, dict[str, Any], Path]
+FACTS = {"kind": "optical", "unit": "reflectance", "roles": '{"SR_B4": "B04"}'}
 X, Y = 360_000.0, 5_700_000.0  # lower left corner
 W, H = 2880, 1920  # metres: tiles of 1920 m, so that the right ones are 96 px wide
 
@@ -108,11 +109,17 @@ def write_cubes(grid: CampaignGrid, folder: Path, cloud: Polygon | None = None) 
             "s2_10": (("period", "band_s2_10", "y_10", "x_10"), np.stack([x, -x])[None]),
             "s2_20": (("period", "band_s2_20", "y_20", "x_20"), x[None, None, ::2, ::2]),
             "s2_60": (("period", "band_s2_60", "y_60", "x_60"), x[None, None, ::6, ::6]),
+            # A series of two dates at 30 m, and one static layer at 240 m.
+            "l8_30": (("time_l8_30", "band_l8_30", "y_30", "x_30"),
+                      np.stack([x[::3, ::3], x[::3, ::3] + 0.5])[:, None], FACTS),
+            "soil_240": (("band_soil_240", "y_240", "x_240"), x[None, ::24, ::24]),
             "reasons": (("y_10", "x_10"), reasons),
-        }
+        }  # fmt: skip
         names = {"period": ["one"], "band_s2_10": ["B02", "B03"], "band_s2_20": ["B05"],
-                 "band_s2_60": ["B01"]}  # fmt: skip
+                 "band_s2_60": ["B01"], "band_l8_30": ["SR_B4"],
+                 "band_soil_240": ["clay"]}  # fmt: skip
         coords = {k: np.array(v, dtype=object) for k, v in names.items()}
+        coords["time_l8_30"] = np.array(["2023-05-01", "2023-06-02"], "datetime64[ns]")
         write_store(folder / f"{tile.name}.zip", xr.Dataset(data, coords))
 
 
@@ -145,6 +152,10 @@ def test_shapes_and_inputs_lie_where_the_chip_says(clear: Clear, grid: CampaignG
     assert chips["x_s2_10"].shape == (n, 2, 144, 144)
     assert chips["x_s2_20"].shape == (n, 1, 72, 72)
     assert chips["x_s2_60"].shape == (n, 1, 24, 24)
+    assert chips["x_l8_30"].dims == ("n", "channel_l8_30", "y_30", "x_30")
+    assert chips["channel_l8_30"].values.tolist() == ["2023-05-01/SR_B4", "2023-06-02/SR_B4"]
+    assert chips["channel_soil_240"].values.tolist() == ["clay"]
+    assert chips["x_l8_30"].attrs == FACTS, "what the bands are goes on to the networks"
     assert chips["channel_s2_10"].values.tolist() == ["one/B02", "one/B03"]
     assert chips.attrs["classes"] == list(LEGEND.names)
     whole = pixel_number(grid, grid.geobox)
@@ -157,6 +168,10 @@ def test_shapes_and_inputs_lie_where_the_chip_says(clear: Clear, grid: CampaignG
         assert np.all(np.isnan(got[h:])) and np.all(np.isnan(got[:, w:]))
         sixty = chips["x_s2_60"].values[i, 0][: h // 6, : w // 6]
         assert np.array_equal(sixty, whole[r : r + h : 6, c : c + w : 6])
+        thirty = chips["x_l8_30"].values[i, :, : h // 3, : w // 3]
+        assert np.array_equal(thirty[1], whole[r : r + h : 3, c : c + w : 3] + 0.5)
+        soil = chips["x_soil_240"].values[i, 0]
+        assert np.array_equal(soil[: h // 24, : w // 24], whole[r : r + h : 24, c : c + w : 24])
         assert np.all(chips["fold"].values[i][h:] == NO_FOLD)
         assert np.all(chips["block"].values[i][:, w:] == -1)
         assert np.all(chips["y_cover"].values[i][h:] == IGNORE_INDEX)

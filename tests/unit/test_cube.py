@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rioxarray  # noqa: F401  (the accessor .rio)
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from shapely import box
 
-from terraloom.config.campaign import Campaign, Composite
-from terraloom.config.load import parse_campaign
-from terraloom.grid import CampaignGrid, coarsen
-from terraloom.io import read_store, sha256, write_raster
+from support.cubes import (
+    BANDS,
+    GEOBOX,
+    LEFT,
+    SIDE,
+    TOP,
+    build,
+    campaign,
+    cloud,
+    grid,
+    optical,
+)
+from terraloom.config.campaign import Campaign
+from terraloom.errors import SceneError
+from terraloom.grid import coarsen
+from terraloom.io import sha256, write_raster
+from terraloom.preprocess import stack
 from terraloom.preprocess.coregister import Shift
 from terraloom.preprocess.cube import (
     MASK_OUTSIDE,
@@ -24,84 +40,16 @@ from terraloom.preprocess.cube import (
     channel_names,
     cube_inputs,
     mask_on,
-    period_of,
 )
+from terraloom.preprocess.harmonise import c_factor
 from terraloom.preprocess.reasons import INVALID, Reason
-
-LEFT, TOP, SIDE = 399960, 5800020, 192
-GEOBOX = GeoBox((SIDE, SIDE), Affine(10, 0, LEFT, 0, -10, TOP), "EPSG:32633")
-PERIODS = [
-    {"name": "spring", "start": "2023-03-01", "end": "2023-05-31"},
-    {"name": "summer", "start": "2023-06-01", "end": "2023-08-31"},
-]
-BANDS = {"B04": 10, "B11": 20, "B09": 60}
-
-
-def campaign(*sources: dict[str, Any]) -> Campaign:
-    return parse_campaign(
-        {
-            "name": "t", "title": "T",
-            "aoi": {"bbox": [LEFT, TOP - 10 * SIDE, LEFT + 10 * SIDE, TOP], "crs": "EPSG:32633"},
-            "sources": list(sources) or [{"source": "sentinel-2-l2a", "bands": list(BANDS)}],
-            "cube": {"periods": PERIODS},
-            "tasks": [{"name": "lc", "kind": "segmentation", "classes": "c.csv",
-                       "labels": {"file": "l.gpkg", "column": "c"}}],
-        }
-    )  # fmt: skip
-
-
-def grid(aoi: Any = None) -> CampaignGrid:
-    b = GEOBOX.boundingbox
-    whole = box(b.left, b.bottom, b.right, b.top)
-    return CampaignGrid(GEOBOX, SIDE, whole if aoi is None else aoi)
-
-
-def asset(path: Path, data: np.ndarray, geobox: GeoBox, **record: Any) -> dict[str, Any]:
-    write_raster(path, data, geobox, nodata=0)
-    return {
-        "href": str(path), "size": None, "checksum": None, "scale": 1e-4, "offset": 0.0,
-        "nodata": 0, "resolution_m": float(geobox.resolution.x), "shape": list(geobox.shape),
-    } | record  # fmt: skip
-
-
-def optical(
-    folder: Path, day: str, values: dict[str, int | np.ndarray], mask: np.ndarray | None = None,
-    shift: Shift | None = None,
-) -> Scene:  # fmt: skip
-    """A scene of constant bands (or given ones) with a 20 m mask of the AOI."""
-    assets = {}
-    for band, value in values.items():
-        geobox = coarsen(GEOBOX, BANDS[band] // 10)
-        data = np.broadcast_to(np.uint16(value), geobox.shape).astype(np.uint16)
-        assets[band] = asset(folder / f"{day}-{band}.tif", data, geobox)
-    path = folder / f"{day}-mask.tif"
-    geobox = coarsen(GEOBOX, 2)
-    bits = np.zeros(geobox.shape, np.uint8) if mask is None else mask
-    write_raster(path, bits, geobox, nodata=MASK_OUTSIDE)
-    item = {"id": f"S2-{day}", "source": "sentinel-2-l2a", "datetime": f"{day}T10:00:00Z",
-            "crs": "EPSG:32633", "assets": assets}  # fmt: skip
-    return Scene(item, ((path, 1),), shift)
-
-
-def build(folder: Path, scenes: list[Scene], c: Campaign | None = None, g: Any = None) -> Any:
-    g = g or grid()
-    path = folder / "cube.zip"
-    build_tile(g.tiles()[0], g, c or campaign(), scenes, path, "code")
-    return read_store(path)
-
-
-def cloud(rows: slice, cols: slice, reason: Reason = Reason.CLOUD) -> np.ndarray:
-    mask = np.zeros((SIDE // 2, SIDE // 2), np.uint8)
-    mask[rows, cols] = reason
-    return mask
 
 
 def test_period_of_a_day_includes_both_ends() -> None:
-    periods = [Composite.model_validate(p) for p in PERIODS]
     days = {"2023-03-01": "spring", "2023-05-31": "spring", "2023-06-01": "summer",
             "2023-02-28": None, "2023-09-01": None}  # fmt: skip
     for day, name in days.items():
-        assert period_of(date.fromisoformat(day), periods) == name
+        assert campaign().cube.period_of(date.fromisoformat(day)) == name
 
 
 def test_bands_keep_their_native_pixels(tmp_path: Path) -> None:
@@ -259,3 +207,79 @@ def test_a_finished_tile_is_kept_until_something_it_depends_on_changes(tmp_path:
 
 def test_invalid_bits_are_those_that_hide_the_ground() -> None:
     assert Reason.CLOUD in INVALID and Reason.WATER not in INVALID and Reason.FILLED not in INVALID
+
+
+# --- harmonised ----------------------------------------------------------------------------------
+
+
+def test_band_pass_and_view_are_adjusted_in_the_cube(tmp_path: Path) -> None:
+    scene = optical(tmp_path, "2023-04-01", {"B04": 3000, "B11": 3000, "B09": 3000})
+    angles = {"sun_azimuth_deg": 150.0, "sun_elevation_deg": 45.0, "view_azimuth_deg": 100.0,
+              "view_zenith_deg": 9.0}  # fmt: skip
+    known = replace(scene, item=dict(scene.item, platform="sentinel-2b", **angles))
+    store = build(tmp_path, [known], campaign(bandpass="landsat-8", brdf="c-factor"))
+    expected = 0.9761 * 0.3 * c_factor("B04", 45, 9, 50) + 0.0010
+    assert float(store["s2_10"][0, 0, 0, 0]) == pytest.approx(expected, abs=6e-5)
+    assert float(store["s2_60"][0, 0, 0, 0]) == pytest.approx(0.3, abs=6e-5)
+    assert json.loads(store.attrs["brdf_not_applied"]) == {}
+    unknown = replace(scene, item=dict(scene.item, platform="sentinel-2b"))
+    store = build(tmp_path, [unknown], campaign(brdf="c-factor"))
+    assert float(store["s2_10"][0, 0, 0, 0]) == pytest.approx(0.3, abs=6e-5)
+    why = json.loads(store.attrs["brdf_not_applied"])
+    assert "view zenith" in why[scene.item["id"]]
+    third = replace(scene, item=dict(scene.item, platform="sentinel-2c"))
+    with pytest.raises(SceneError, match="sentinel-2c"):
+        build(tmp_path, [third], campaign(bandpass="landsat-8"))
+
+
+# --- reuse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cube",
+    [{"method": "medoid"}, {"fill": "linear", "series": "dates", "fill_max_days": 400}],
+    ids=["composites", "filled dates"],
+)
+def test_new_scenes_rebuild_their_period_alone_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cube: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(9)
+
+    def look(day: str, rows: slice) -> Scene:
+        return optical(
+            tmp_path, day,
+            {b: rng.integers(1, 5000, coarsen(GEOBOX, r // 10).shape) for b, r in BANDS.items()},
+            cloud(rows, slice(None)),
+        )  # fmt: skip
+
+    spring = [look("2023-03-11", slice(0, 9)), look("2023-04-01", slice(0, 30))]
+    summer = [look("2023-06-11", slice(50, 70))]
+    new = look("2023-07-20", slice(0, 0))
+    c = campaign(**cube)
+    build(tmp_path, [*spring, *summer], c)
+    read: list[str] = []
+    real = stack.read_placed
+
+    def counted(item: Any, *rest: Any) -> np.ndarray:
+        read.append(str(item["id"]))
+        return real(item, *rest)
+
+    monkeypatch.setattr(stack, "read_placed", counted)
+    build(tmp_path, [*spring, *summer, new], c)
+    again = sha256(tmp_path / "cube.zip")
+    assert new.item["id"] in read
+    assert not {s.item["id"] for s in spring} & set(read), "spring has not changed"
+    if cube.get("series") == "dates":
+        assert set(read) == {new.item["id"]}, "nor have the other days"
+    (tmp_path / "cube.zip").unlink()
+    build(tmp_path, [*spring, *summer, new], c)
+    assert sha256(tmp_path / "cube.zip") == again
+    build(tmp_path, [*spring, *summer], c)
+    assert sha256(tmp_path / "cube.zip") != again
+
+
+def test_a_source_without_a_day_in_any_period_is_empty_not_an_error(tmp_path: Path) -> None:
+    scenes = [optical(tmp_path, "2022-01-01", dict.fromkeys(BANDS, 3000))]
+    store = build(tmp_path, scenes, campaign(series="dates", fill="linear"))
+    assert store["s2_10"].shape == (0, 1, SIDE, SIDE)
+    assert channel_names(store)["s2_10"] == [] and cube_inputs(store)["s2_10"].shape[0] == 0

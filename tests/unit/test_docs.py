@@ -106,7 +106,9 @@ def test_products_page_has_the_outputs_of_all_rules() -> None:
     text = page("reference/products.md")
     for path in sorted((ROOT / "workflow/rules").glob("*.smk")):
         for file in re.findall(r'"results/(?:\w+)/([^"]+)"', path.read_text(encoding="utf-8")):
-            concrete = file.format(part="p000", fold="0")
+            if "wildcards" in file:  # an input
+                continue
+            concrete = file.format(period="summer", part="p000", fold="0")
             assert f"`{concrete}`" in text, file
 
 

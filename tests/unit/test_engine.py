@@ -20,11 +20,15 @@ from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, read_store, write_json, write_store
 from terraloom.predict.engine import Ensemble, predict_batch
 from terraloom.predict.reader import CubeReader
+from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import Reason
 
 H, W = 240, 240
 GEOBOX = GeoBox((H, W), Affine(10, 0, 399960, 0, -10, 5800020), "EPSG:32633")
-GROUPS = {"s2_10": ["B04", "B08"], "s2_20": ["B05", "B11"], "s2_60": ["B09"]}
+GROUPS = {
+    "s2_10": ["B04", "B08"], "s2_20": ["B05", "B11"], "hls_30": ["B1", "B2"], "s2_60": ["B09"],
+    "modis_240": ["NDVI"],
+}  # fmt: skip
 
 
 def campaign(tile_px: int) -> Campaign:
@@ -50,7 +54,7 @@ def world() -> tuple[dict[str, np.ndarray], np.ndarray]:
     rng = np.random.default_rng(3)
     data: dict[str, np.ndarray] = {}
     for group, bands in GROUPS.items():
-        f = int(group[3:]) // 10
+        f = group_factor(group)
         x = rng.uniform(0.02, 0.5, (1, len(bands), H // f, W // f)).astype(np.float32)
         x[:, :, : 60 // f, 120 // f : 180 // f] = np.nan
         data[group] = x
@@ -73,7 +77,8 @@ def cut(folder: Path, tile_px: int) -> tuple[Campaign, CampaignGrid]:
         parts: dict[str, Any] = {"reasons": (("y_10", "x_10"), reasons[r : r + h, c : c + w])}
         coords: dict[str, Any] = {"period": ["a"]}
         for group, bands in GROUPS.items():
-            res, f = group[3:], int(group[3:]) // 10
+            f = group_factor(group)
+            res = 10 * f
             window = data[group][..., r // f : (r + h) // f, c // f : (c + w) // f]
             parts[group] = (("period", f"band_{group}", f"y_{res}", f"x_{res}"), window)
             coords[f"band_{group}"] = bands
@@ -182,14 +187,14 @@ def test_the_reader_joins_tiles_and_pads_with_nan(
     monkeypatch.chdir(tmp_path)
     _, grid = cut(tmp_path, 96)
     data, _ = world()
-    window = CubeReader(Path("work/cube"), grid).window(-12, 84, 180, 240)
+    window = CubeReader(Path("work/cube"), grid).window(-24, 72, 192, 240)
     for group, x in data.items():
-        f = int(group[3:]) // 10
+        f = group_factor(group)
         got = window[group]
-        assert np.isnan(got[:, : 12 // f]).all(), "above the region"
-        assert np.isnan(got[:, :, 156 // f :]).all(), "right of it"
+        assert np.isnan(got[:, : 24 // f]).all(), "above the region"
+        assert np.isnan(got[:, :, 168 // f :]).all(), "right of it"
         np.testing.assert_array_equal(
-            got[:, 12 // f :, : 156 // f], x[0][:, : 168 // f, 84 // f :], group
+            got[:, 24 // f :, : 168 // f], x[0][:, : 168 // f, 72 // f :], group
         )
 
 

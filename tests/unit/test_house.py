@@ -27,9 +27,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Imports point up this list only. `uncertainty` is arithmetic on arrays that prediction calls, so
 #: it stands below `predict`, not after it as in the design; `config.starter` reads an AOI.
 LAYERS = (
-    "errors", "io", "log", "grid", "legend", "state", "config", "aoi", "plan", "config.starter",
-    "acquire", "preprocess", "labels", "models", "uncertainty", "train", "predict", "assess",
-    "report", "versions", "provenance", "check", "cli",
+    "errors", "warp", "io", "log", "grid", "legend", "state", "config", "aoi", "plan",
+    "config.starter", "acquire", "preprocess", "labels", "models", "uncertainty", "train",
+    "predict", "assess", "report", "versions", "provenance", "check", "cli",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_every_rule_has_log_benchmark_threads_memory_message(rule: str) -> None:
     assert "mem_mb=" in str(directive(body, "resources"))
     assert "code=code_digest(" in str(directive(body, "params")), "stale after a change of code"
     for key, folder, end in (("log", "logs", "log"), ("benchmark", "benchmarks", "tsv")):
-        path = rf'"{folder}/{rule}(?:/\{{\w+\}})?\.{end}",?'
+        path = rf'"{folder}/{rule}(?:/\{{\w+\}}(?:-\{{\w+\}})*)?\.{end}",?'
         assert re.fullmatch(path, str(directive(body, key)).strip()), f"{rule}: {key}"
 
 
@@ -224,8 +224,12 @@ def lock() -> dict[str, str]:
     return {canonicalize_name(n): v for n, v in pairs}
 
 
+#: Extras with large files; envs/requirements-extras.lock has the pins of what installs offline.
+LARGE = ("csmask", "omnicloudmask")
+
+
 def requirements() -> list[str]:
-    extras = PROJECT["optional-dependencies"].values()
+    extras = [e for name, e in PROJECT["optional-dependencies"].items() if name not in LARGE]
     return [*PROJECT["dependencies"], *(r for extra in extras for r in extra)]
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from terraloom.errors import SceneError
-from terraloom.preprocess import clouds
+from terraloom.preprocess import clouds, csmask
+from terraloom.preprocess.csmask import csmask_classes
 from terraloom.preprocess.masks import (
     S2CLOUDLESS_BANDS,
     MaskMethod,
@@ -20,7 +23,6 @@ from terraloom.preprocess.masks import (
     dilate,
     mask_scene,
     mask_series,
-    scl_reasons,
     snow_mask,
     temporal_cloud,
     temporal_shadow,
@@ -146,7 +148,7 @@ def test_s2cloudless_names_the_extra_when_it_is_not_there(monkeypatch):
     clouds._model.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     try:
-        with pytest.raises(SceneError, match=r"terraloom\[s2cloudless\]"):
+        with pytest.raises(SceneError, match="pip install --no-deps s2cloudless"):
             cloud_probability(_l1c((0.1,) * 10), "s2cloudless")
     finally:
         clouds._model.cache_clear()
@@ -243,8 +245,10 @@ def test_bad_bands_are_named():
     bands["B04"] = bands["B04"][:80]
     with pytest.raises(SceneError, match="shape"):
         cloud_probability(bands, "spectral")
-    with pytest.raises(SceneError, match="SCL"):
-        mask_scene(bands, method="scl", resolution_m=20)
+    with pytest.raises(SceneError, match="no layer of clouds"):
+        mask_scene(bands, method="layer", resolution_m=20)
+    with pytest.raises(SceneError, match="no probability"):
+        cloud_probability(bands, "csmask")
 
 
 def test_a_thick_cloud_of_ice_is_cloud_not_snow():
@@ -374,20 +378,156 @@ def test_dilation_is_a_disk_in_metres(distance_m, resolution_m):
     np.testing.assert_array_equal(grown, np.hypot(y, x) * resolution_m <= distance_m + 1e-6)
 
 
-def test_scl_table_and_edge():
-    codes = np.arange(12, dtype=np.uint8)[None]
-    assert scl_reasons(codes)[0].tolist() == [1, 32, 0, 8, 0, 0, 64, 0, 2, 2, 2, 16]
-    assert scl_reasons(codes, drop_dark=True)[0, 2] == Reason.SHADOW
-    with pytest.raises(SceneError, match="SCL"):
-        scl_reasons(np.array([[12]]))
-    scl = np.full((9, 9), 4, dtype=np.uint8)
-    scl[4, 4] = 9
-    scl[4, 5] = 0
-    reasons = mask_scene({"SCL": scl}, method="scl", resolution_m=20, dilation_m=20)
+def test_a_layer_gets_an_edge_but_not_on_nothing():
+    layer = np.zeros((9, 9), dtype=np.uint8)
+    layer[4, 4], layer[4, 5] = int(Reason.CLOUD), int(Reason.NODATA)
+    reasons = mask_scene({}, method="layer", layer=layer, resolution_m=20, dilation_m=20)
     assert reasons[4, 4] == Reason.CLOUD
     assert reasons[3, 4] == reasons[5, 4] == reasons[4, 3] == Reason.CLOUD_EDGE
-    assert reasons[4, 5] == Reason.NODATA  # no edge on nothing
+    assert reasons[4, 5] == Reason.NODATA
     assert reasons[3, 3] == 0
-    p = cloud_probability({"SCL": scl}, "scl")
-    assert p[4, 4] == 1
-    assert np.isnan(p[4, 5])
+    assert layer[3, 4] == 0  # what was given is not changed
+
+
+def test_a_layer_without_shadow_classes_has_them_projected():
+    scenes, cloud, shadow = _series(1)
+    layer = np.where(cloud[0], int(Reason.CLOUD), 0).astype(np.uint8)
+    common = {"method": "layer", "layer": layer, "resolution_m": 20.0, "dilation_m": 0.0,
+              "sun_azimuth_deg": _SUN[0], "sun_elevation_deg": _SUN[1]}  # fmt: skip
+    known = mask_scene(scenes[0], **common)
+    assert not (known & Reason.SHADOW).any()
+    found = mask_scene(scenes[0], layer_has_shadow=False, **common)
+    assert _f1(shadow[0], (found & Reason.SHADOW) != 0) > 0.6
+    np.testing.assert_array_equal(found & ~np.uint8(Reason.SHADOW), layer)
+    # Neither pixels nor the sun's position: nothing can be projected.
+    assert not (mask_scene({}, layer_has_shadow=False, **common) & Reason.SHADOW).any()
+    layer[:20, :20] |= int(Reason.SHADOW)
+    off = mask_scene(scenes[0], shadow=False, **common)
+    assert not (off & Reason.SHADOW).any()
+
+
+def test_wanted_scenes_of_a_series_are_those_of_the_whole_series():
+    scenes, _, _ = _series(5, 96)
+    common = {"method": "spectral", "resolution_m": 20.0, "sun": [_SUN] * 5}
+    whole = mask_series(scenes, **common)
+    some = mask_series(scenes, wanted=[3, 1], **common)
+    np.testing.assert_array_equal(some[0], whole[3])
+    np.testing.assert_array_equal(some[1], whole[1])
+
+
+# --- networks --------------------------------------------------------------------------------
+
+needs_csmask = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("ukis_csmask", "onnxruntime"))),
+    reason="extra csmask not installed",
+)
+
+
+@needs_csmask
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kappa", "shadow"), [("sentinel2", 0.80, 0.83), ("landsat5", 0.73, 0.78)]
+)
+def test_csmask_reaches_its_published_figures(name, kappa, shadow):
+    file = SHARED / "cloud_masks" / f"{name}.npz"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    with np.load(file) as data:
+        image, truth = data["img"], data["msk"][..., 0]
+    reasons = mask_scene(
+        _as_bands(np.moveaxis(image, -1, 0)), method="csmask", level="l1c", resolution_m=20,
+        dilation_m=0,
+    )  # fmt: skip
+    found = np.where(reasons & Reason.CLOUD, 1, np.where(reasons & Reason.SHADOW, 2, 0))
+    true = np.where(truth == 4, 1, np.where(truth == 0, 2, 0))
+    chance = sum((found == k).mean() * (true == k).mean() for k in range(3))
+    assert ((found == true).mean() - chance) / (1 - chance) > kappa - 0.005
+    assert _f1(true == 2, found == 2) > shadow - 0.005
+
+
+@needs_csmask
+def test_csmask_is_blended_over_windows_and_leaves_missing_pixels_out():
+    file = SHARED / "cloud_masks" / "sentinel2.npz"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    with np.load(file) as data:
+        bands = _as_bands(np.moveaxis(data["img"][:300, :300], -1, 0).copy())
+        cloud = data["msk"][:300, :300, 0] == 4
+    bands["B03"][:, 280:] = np.nan
+    classes = csmask_classes(bands, level="l1c")
+    assert _f1(cloud[:, :280], classes[:, :280] == 1) > 0.8
+    assert not classes[:, 280:].any()
+    part = csmask_classes({b: v[:256, :256] for b, v in bands.items()}, level="l1c")
+    # What lies beyond a window's edge hardly matters.
+    assert (classes[:200, :200] == part[:200, :200]).mean() > 0.97
+
+
+def test_csmask_of_nothing_and_of_too_few_bands():
+    with pytest.raises(SceneError, match="B12"):
+        csmask_classes({b: np.zeros((9, 9)) for b in BANDS if b != "B12"})
+    if importlib.util.find_spec("ukis_csmask") and importlib.util.find_spec("onnxruntime"):
+        assert not csmask_classes({b: np.full((9, 9), np.nan) for b in BANDS}).any()
+
+
+def test_csmask_names_the_extra_when_it_is_not_there(monkeypatch):
+    csmask._model.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SceneError, match=r"terraloom\[csmask\]"):
+        csmask_classes(_as_bands(_ground(32)))
+
+
+def _stand_in(monkeypatch, answer):
+    """A module in place of omnicloudmask, whose weights have to be downloaded; notes its calls."""
+    calls = []
+
+    def predict_from_array(image, **options):
+        calls.append((image, options))
+        return answer(image)
+
+    module = types.SimpleNamespace(predict_from_array=predict_from_array)
+    monkeypatch.setitem(sys.modules, "omnicloudmask", module)
+    return calls
+
+
+def test_omnicloudmask_gets_red_green_nir_and_its_classes_become_reasons(monkeypatch):
+    def answer(image):
+        classes = np.zeros((1, *image.shape[1:]), np.uint8)
+        classes[0, 0, :3] = 1, 2, 3
+        return classes
+
+    calls = _stand_in(monkeypatch, answer)
+    bands = _as_bands(np.tile(_spectrum("soil"), (1, 40, 30)))
+    bands["B04"][5, 5] = np.nan
+    bands["B08"][6, 6] = -0.01  # over-corrected, not missing
+    reasons = mask_scene(bands, method="omnicloudmask", resolution_m=20, dilation_m=0)
+    assert reasons[0, :4].tolist() == [Reason.CLOUD, Reason.CLOUD, Reason.SHADOW, 0]
+    assert reasons[5, 5] == Reason.NODATA
+    assert reasons[6, 6] == 0
+    ((image, options),) = calls
+    assert image.shape == (3, 64, 64)  # small pictures are mirrored to the least size
+    np.testing.assert_allclose(image[:, 1, 1], [0.14, 0.11, 0.22], rtol=1e-6)
+    assert not image[:, 5, 5].any()
+    assert (image[:, 6, 6] > 0).all()
+    assert options["no_data_value"] == 0
+    assert options["patch_overlap"] < options["patch_size"] <= 64
+
+
+def test_omnicloudmask_answers_are_checked(monkeypatch):
+    bands = _as_bands(_ground(80))
+    _stand_in(monkeypatch, lambda image: np.full((4, 80, 80), 0.5))
+    with pytest.raises(SceneError, match="classes 0 to 3"):
+        mask_scene(bands, method="omnicloudmask", resolution_m=20)
+    with pytest.raises(SceneError, match="B08"):
+        mask_scene({"B03": bands["B03"], "B04": bands["B04"]}, method="omnicloudmask",
+                   resolution_m=20)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "omnicloudmask", None)
+    with pytest.raises(SceneError, match=r"terraloom\[omnicloudmask\]"):
+        mask_scene(bands, method="omnicloudmask", resolution_m=20)
+
+
+def test_without_any_method_only_missing_pixels_are_masked():
+    scenes, _, _ = _series(1, 64)
+    scenes[0]["B02"][3, 4] = np.nan
+    reasons = mask_scene(scenes[0], method="none", resolution_m=20)
+    assert reasons[3, 4] == Reason.NODATA
+    assert ((reasons & int(INVALID)) != 0).sum() == 1

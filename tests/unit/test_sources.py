@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.cassettes import DATA
 from terraloom.acquire.records import item_baseline, item_record, s2_offset
 from terraloom.acquire.sources import load_source, source_keys, sources_text
 from terraloom.acquire.sun import sun_position
 from terraloom.errors import ConfigError, SceneError
 
 API = "https://example.org/stac"
-REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "stac" / "items"
+ROOT = Path(__file__).resolve().parents[2]
+REAL = DATA / "stac" / "items"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real STAC items of shared/data")
 
 
@@ -29,6 +36,10 @@ def test_every_table_loads_and_covers_the_groups():
         "s2_60": {"B01", "B09", "B10"},
         "s1_10": {"VV", "VH"},
         "dem_10": {"elevation"},
+        "landsat_30": {"coastal", "blue", "green", "red", "nir08", "swir16", "swir22"},
+        "hls_30": {"coastal", "blue", "green", "red", "nir08", "swir16", "swir22"},
+        "hlss_30": {"rededge1", "rededge2", "rededge3", "nir"},
+        "modis_240": {"NDVI", "EVI"},
     }
     found: dict[str, set[str]] = {}
     for key in source_keys():
@@ -39,7 +50,166 @@ def test_every_table_loads_and_covers_the_groups():
     assert found == groups
     assert "B10" not in load_source("sentinel-2-l2a").bands  # cirrus has no surface reflectance
     assert load_source("copernicus-dem").static
-    assert all(key in sources_text() for key in source_keys())
+    assert all(f"## `{key}`" in sources_text() for key in source_keys())
+
+
+def test_the_issue_s_sources_and_providers_are_there():
+    providers = {key: list(load_source(key).providers) for key in source_keys()}
+    assert providers == {
+        "copernicus-dem": ["earth-search", "planetary-computer"],
+        "hls-l30": ["planetary-computer", "lp-daac"],
+        "hls-s30": ["planetary-computer", "lp-daac"],
+        "landsat-c2-l2": ["planetary-computer", "earth-search", "usgs"],
+        "modis-vi": ["planetary-computer"],
+        "sentinel-1-grd": [],
+        "sentinel-1-rtc": ["planetary-computer"],
+        "sentinel-2-l1c": ["earth-search"],
+        "sentinel-2-l2a": ["earth-search", "planetary-computer", "cdse"],
+    }
+    for key in source_keys():
+        for name, p in load_source(key).providers.items():
+            assert (p.sign == "planetary-computer") == (name == "planetary-computer")
+
+
+@pytest.mark.parametrize(
+    ("key", "scale", "offset", "nodata", "layers"),
+    [
+        ("landsat-c2-l2", 2.75e-5, -0.2, 0, {"QA_PIXEL": 1, "QA_RADSAT": 0}),
+        ("hls-l30", 1e-4, 0, -9999, {"Fmask": 255}),
+        ("hls-s30", 1e-4, 0, -9999, {"Fmask": 255}),
+        ("modis-vi", 1e-4, 0, -3000, {"pixel_reliability": -1}),
+        ("sentinel-2-l2a", 1e-4, 0, 0, {"SCL": 0}),
+        ("sentinel-1-rtc", 1, 0, -32768, {}),
+    ],
+)
+def test_values_are_those_of_the_product_guides(key, scale, offset, nodata, layers):
+    table = load_source(key)
+    assert (table.scale, table.offset, table.nodata) == (scale, offset, nodata)
+    assert {name: layer.nodata for name, layer in table.layers.items()} == layers
+
+
+def test_roles_are_the_same_for_all_optical_sensors():
+    s2 = load_source("sentinel-2-l2a").roles()
+    assert s2 == {b: b for b in load_source("sentinel-2-l2a").bands}
+    assert load_source("sentinel-2-l1c").roles()["B10"] == "B10"
+    landsat = load_source("landsat-c2-l2").roles()
+    assert landsat["B04"] == "red" and landsat["B08"] == landsat["B8A"] == "nir08"
+    assert {band: role for role, band in landsat.items()}["nir08"] == "B8A"
+    s30 = load_source("hls-s30").roles()
+    assert (s30["B05"], s30["B08"], s30["B8A"]) == ("rededge1", "nir", "nir08")
+    assert load_source("sentinel-1-rtc").roles() == {}
+
+
+# --------------------------------------------------------------------------------- providers
+
+
+def test_providers_are_chosen_by_name_by_catalogue_or_first():
+    table = load_source("sentinel-2-l2a")
+    first = table.provider()
+    assert (first.catalogue, first.sign) == ("https://earth-search.aws.element84.com/v1", None)
+    pc = table.provider("planetary-computer")
+    assert (pc.collection, pc.sign) == ("sentinel-2-l2a", "planetary-computer")
+    assert table.provider(None, pc.catalogue + "/").sign == "planetary-computer"
+    own = table.provider(None, "mine/catalog.json", "c")
+    assert (own.catalogue, own.collection, own.sign) == ("mine/catalog.json", "c", None)
+    mirror = table.provider("planetary-computer", "https://mirror.example.org")
+    assert (mirror.catalogue, mirror.sign) == ("https://mirror.example.org", "planetary-computer")
+    assert load_source("landsat-c2-l2").provider("usgs").collection == "landsat-c2l2-sr"
+
+
+def test_unknown_or_missing_providers_are_named():
+    with pytest.raises(ConfigError, match="no provider 'aws'") as err:
+        load_source("sentinel-2-l2a").provider("aws", where="sources[0]")
+    assert "earth-search, planetary-computer, cdse" in str(err.value)
+    with pytest.raises(ConfigError, match="no catalogue of its own") as err:
+        load_source("sentinel-1-grd").provider()
+    assert "sentinel-1-rtc" in str(err.value)
+
+
+# -------------------------------------------------------------------------- tables of one's own
+
+
+def _page_example() -> str:
+    page = (ROOT / "docs" / "how-to" / "add-a-source.md").read_text(encoding="utf-8")
+    return re.search(r"```yaml\n(title: .*?)```", page, re.DOTALL)[1]
+
+
+def test_the_example_of_the_page_is_a_valid_table(tmp_path):
+    path = tmp_path / "ga-landsat.yaml"
+    path.write_text(_page_example())
+    table = load_source(str(path))
+    assert table.key == str(path)
+    assert list(table.provider().model_dump()) == ["catalogue", "collection", "sign"]
+    assert set(table.roles()) >= {"B02", "B03", "B04", "B08", "B8A", "B11", "B12"}
+
+
+@real
+def test_the_example_of_the_page_reads_a_real_item(tmp_path):
+    path = tmp_path / "ga-landsat.yaml"
+    path.write_text(_page_example())
+    table = load_source(str(path))
+    item = _real("ga_ls8c_ard_3-1-0_088080_2020-05-25_final.stac-item.json")
+    record = item_record(item, table, table.choose(None), API)
+    assert record["why"] == "" and record["platform"] == "landsat-8"
+    assert record["crs"] == "EPSG:32656" and record["cloud_pct"] == pytest.approx(42.421)
+    red = record["assets"]["red"]
+    assert red["href"].endswith("_final_band04.tif") and red["shape"] == [7841, 7781]
+    assert (red["scale"], red["offset"], red["nodata"], red["resolution_m"]) == (1e-4, 0, -999, 30)
+
+
+@real
+def test_elevation_from_lidar_with_a_table_of_ones_own(tmp_path):
+    path = tmp_path / "lidar.yaml"
+    path.write_text(
+        "title: lidar\nkind: dem\nstatic: true\ncollection: lidar_collection\nunit: m\n"
+        "nodata: -9999\nbands:\n  height: {assets: [dem], resolution_m: 1, group: lidar_10}\n"
+    )
+    record = item_record(_real("lidar_dem.json"), load_source(str(path)), ["height"], API)
+    assert record["datetime"] == "2012-01-01T00:00:00Z"  # only a range
+    assert record["assets"]["height"]["href"] == "s3://example-bucket/lidar_id.tif"
+    assert (record["crs"], record["assets"]["height"]["resolution_m"]) == ("EPSG:28355", 1)
+
+
+def test_a_changed_table_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "own.yaml"
+    path.write_text(_page_example())
+    monkeypatch.chdir(tmp_path)
+    assert load_source("own.yaml").scale == 1e-4
+    path.write_text(_page_example().replace("scale: 0.0001", "scale: 0.5"))
+    os.utime(path, ns=(1, 1))
+    assert load_source("own.yaml").scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("kind: optical", "kind: optic", "kind: Input should be"),
+        ("nodata: -999", "no_data: -999", "nodata: Field required; no_data: Extra inputs"),
+        ("group: ga_30", "group: ga", "pixel size that fits the tiles"),
+        ("group: ga_30", "group: ga_25", "pixel size that fits the tiles"),
+        ("scale: 0.0001", "scale: 0", "scale: Input should be greater than 0"),
+        ("title: ", "title: [", "not valid"),
+        ("codes: fmask", "codes: clouds", "codes: Input should be 'scl'"),
+        ("  Fmask:", "  red:", "red is both a band and a layer"),
+    ],
+)
+def test_mistakes_in_a_table_are_named_by_key(tmp_path, old, new, named):
+    text = _page_example()
+    if old not in text:
+        text += "layers:\n  Fmask: {assets: [f], resolution_m: 30, codes: fmask}\n"
+    path = tmp_path / "own.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match="the source table is not valid") as err:
+        load_source(str(path))
+    assert named in str(err.value) and str(path) in str(err.value)
+
+
+def test_a_missing_or_empty_table_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_source(str(tmp_path / "none.yaml"))
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match="not valid"):
+        load_source(str(tmp_path / "empty.yaml"))
 
 
 def test_unknown_source_lists_the_known_ones():

@@ -45,11 +45,38 @@ if CAMPAIGN.archive.kind == "simulated":
             "terraloom simulate --campaign work/campaign.yaml --out resources/simulated > {log} 2>&1"
 
 
+if CAMPAIGN.archive.kind == "files":
+
+    rule import_files:
+        input:
+            spec=lambda wildcards: CAMPAIGN.archive.files[wildcards.name],
+        output:
+            "resources/files/{name}/catalog.json",
+            "resources/files/{name}/source.yaml",
+        log:
+            "logs/import_files/{name}.log",
+        benchmark:
+            "benchmarks/import_files/{name}.tsv"
+        threads: 1
+        resources:
+            mem_mb=mem_mb(2000),
+            runtime=minutes(60),
+        params:
+            code=code_digest("acquire.files"),
+        message:
+            "Turn the local files of {wildcards.name} into COGs behind a STAC catalogue"
+        shell:
+            "terraloom import-files {input.spec} --out resources/files/{wildcards.name} "
+            "> {log} 2>&1"
+
+
+# Catalogues are ancient: the lock is made once, and only `terraloom update` extends it.
 if building("scenes"):
 
     rule lock_items:
         input:
-            PLAN.catalogue_files,
+            ancient(PLAN.catalogue_files),
+            PLAN.table_files,
         output:
             "results/scenes/items.json",
         log:
@@ -62,15 +89,9 @@ if building("scenes"):
             mem_mb=mem_mb(1000),
             runtime=minutes(20),
         params:
-            config=keys(
-                "name",
-                "aoi",
-                "grid.crs",
-                "sources",
-                "cube.periods",
-                "scenes.on_bad_item",
-            ),
+            config=keys(*LOCK_KEYS),
             code=code_digest("acquire.lock"),
+            archive=ARCHIVE_CODE,
             tables=files_digest("acquire/sources"),
         message:
             "Search the catalogues and lock the items"

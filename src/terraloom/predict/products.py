@@ -27,6 +27,7 @@ from terraloom.predict.engine import (
     REGRESSION_NODATA,
     TILES,
 )
+from terraloom.predict.picture import Picture, paint, plan_picture
 from terraloom.predict.qgis import class_map_qml
 from terraloom.preprocess.reasons import Reason
 
@@ -44,16 +45,17 @@ def mosaic_products(campaign: Campaign, grid: CampaignGrid) -> None:
     """Write all rasters of the map and ``map.json``."""
     legend = read_legend(str(campaign.land_cover.classes))
     tags = {"terraloom:campaign": campaign.name}
+    picture = plan_picture(_cube(tile) for tile in grid.tiles())
     for name in product_names(campaign):
         path = MAP / f"{name}.tif"
         task = next((t for t in campaign.tasks if t.name == name), None)
         options = _options(name, task, legend)
-        read = _reader(name, task, legend)
+        read = _reader(name, legend, picture)
         windows = _windows(grid, read, int(options["count"]), options["dtype"], options["nodata"])
         cog_from_windows(path, grid.geobox, windows, tags=tags, **options)
         log.info("wrote %s", path)
     write_text(MAP / "class_map.qml", class_map_qml(legend))
-    write_json(MAP / "map.json", _facts(campaign, grid, legend))
+    write_json(MAP / "map.json", _facts(campaign, grid, legend, picture))
 
 
 def _options(name: str, task: Task | None, legend: Legend) -> dict[str, Any]:
@@ -91,14 +93,18 @@ def _options(name: str, task: Task | None, legend: Legend) -> dict[str, Any]:
             "scales": [1 / PROBABILITY_STEPS], "band_names": ["boundary probability"]}  # fmt: skip
 
 
-def _reader(name: str, task: Task | None, legend: Legend) -> Callable[[Tile], npt.NDArray[Any]]:
+def _cube(tile: Tile) -> Any:
+    return read_store(CUBES / f"{tile.name}.zip")
+
+
+def _reader(name: str, legend: Legend, picture: Picture) -> Callable[[Tile], npt.NDArray[Any]]:
     codes = np.full(256, NODATA_CODE, np.uint8)
     codes[: len(legend)] = legend.codes
     codes[IGNORE_INDEX] = NODATA_CODE
 
     def read(tile: Tile) -> npt.NDArray[Any]:
         if name == "image":
-            return _image(tile)
+            return paint(picture, _cube(tile), tile.geobox.shape)
         store = read_store(TILES / f"{tile.name}.zip")
         if name == "class_map":
             mapped: npt.NDArray[Any] = codes[store["class_index"].to_numpy()][None]
@@ -127,29 +133,9 @@ def _windows(
                 yield rows, cols, np.full((count, *tile.geobox.shape), fill, dtype)
 
 
-def _image(tile: Tile) -> npt.NDArray[np.uint8]:
-    """Natural colours 1-255 of the last period that has data, 0 where there are none."""
-    store = read_store(CUBES / f"{tile.name}.zip")
-    if "s2_10" not in store:  # a campaign without optical scenes has no picture
-        return np.zeros((3, *tile.geobox.shape), np.uint8)
-    bands = [str(b) for b in store["band_s2_10"].to_numpy()]
-    pick = [bands.index(b) for b in ("B04", "B03", "B02")]
-    rgb = np.full((3, *tile.geobox.shape), np.nan, np.float32)
-    for p in range(store.sizes["period"]):
-        layer = store["s2_10"].isel(period=p).to_numpy()[pick]
-        rgb = np.where(np.isfinite(layer), layer, rgb)
-    return _stretch(rgb)
-
-
-def _stretch(rgb: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Reflectance to 8 bits: a fixed curve, so that tiles and dates look alike."""
-    # Reflectance .02-.30 covers land without clouds; the root lifts forests out of the dark.
-    scaled = np.clip((rgb - 0.02) / 0.28, 0, 1) ** 0.6
-    out = np.nan_to_num(1 + 254 * scaled, nan=0.0)
-    return np.asarray(out, dtype=np.uint8)
-
-
-def _facts(campaign: Campaign, grid: CampaignGrid, legend: Legend) -> dict[str, Any]:
+def _facts(
+    campaign: Campaign, grid: CampaignGrid, legend: Legend, picture: Picture
+) -> dict[str, Any]:
     area = dict.fromkeys(legend.codes, 0.0)
     reasons = dict.fromkeys(Reason, 0)
     total = valid = 0
@@ -173,6 +159,7 @@ def _facts(campaign: Campaign, grid: CampaignGrid, legend: Legend) -> dict[str, 
         "tiles": len(grid.tiles()),
         "valid_pct": 100 * valid / total,
         "reason_pct": {r.name.lower(): 100 * n / total for r, n in reasons.items() if r.name},
+        "image": picture.record(),
         "image_period": campaign.cube.periods[-1].name,
         "legend": [
             {

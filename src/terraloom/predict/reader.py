@@ -11,6 +11,7 @@ import numpy.typing as npt
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_store
 from terraloom.preprocess.cube import channel_names, cube_inputs
+from terraloom.preprocess.groups import group_factor
 
 __all__ = ["CubeReader"]
 
@@ -37,8 +38,7 @@ class CubeReader:
         first = next(iter(self._tiles.values()))
         store = read_store(folder / f"{first.name}.zip")
         self.channels = channel_names(store)
-        height = first.geobox.shape[0]
-        self._factor = {g: height // x.shape[1] for g, x in cube_inputs(store).items()}
+        self._factor = {g: group_factor(g) for g in self.channels}
 
     def _tile(self, key: tuple[int, int]) -> dict[str, npt.NDArray[np.float32]]:
         if key not in self._held:
@@ -55,7 +55,7 @@ class CubeReader:
         Args:
             row: First row of the window in grid pixels; may lie outside the grid.
             col: First column.
-            h: Rows; row and h must be multiples of 6, so that 20 and 60 m pixels are whole.
+            h: Rows; with row, multiples of the pixels of all groups, so that these are whole.
             w: Columns; likewise.
         """
         out = {

@@ -19,8 +19,15 @@ CUBES = Path("work/cube")
 log = get_logger(__name__)
 
 
-def build_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
-    """Build the cubes of one job's tiles and write their manifest; finished tiles are kept."""
+def build_batch(campaign: Campaign, grid: CampaignGrid, batch: str, *, stamp: str = "") -> None:
+    """Build the cubes of one job's tiles and write their manifest; finished tiles are kept.
+
+    Args:
+        campaign: The campaign.
+        grid: Its grid.
+        batch: Name of the job, ``b0000``.
+        stamp: What the caller knows this job by; kept in the manifest.
+    """
     scenes = gather_scenes(campaign)
     code = code_digest("preprocess.cube")
     tiles = {}
@@ -31,4 +38,4 @@ def build_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
         tiles[tile.name] = build_tile(tile, grid, campaign, scenes, path, code)
         if tiles[tile.name]["clear_pct"] == 0:
             log.warning("tile %s has no clear pixel; its products will be no data", tile.name)
-    write_json(CUBES / f"{batch}.json", {"tiles": tiles})
+    write_json(CUBES / f"{batch}.json", {"stamp": stamp, "tiles": tiles})

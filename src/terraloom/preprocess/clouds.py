@@ -1,10 +1,10 @@
 """Where clouds, snow and water are, one scene or many dates at a time.
 
-One interface, three methods: ``s2cloudless`` (a trained model for Sentinel-2 L1C), ``spectral``
-(no model; a haze index and the darkest visible band) and ``scl`` (the product's own layer). Where
-clear-sky values of other dates are at hand, a pixel's departure from them is the stronger
-evidence and is used with ``spectral``. Reflectance is 0-1, NaN is missing. Lengths are metres:
-nothing depends on the pixel size of the source.
+Two ways to a probability: ``s2cloudless`` (a trained model for Sentinel-2 L1C) and ``spectral`` (no
+model; a haze index and the darkest visible band). Where clear-sky values of other dates are at
+hand, a pixel's departure from them is the stronger evidence and is used with ``spectral``. Bands
+are named by the part they play, as Sentinel-2 names them, whatever the sensor. Reflectance is 0-1,
+NaN is missing. Lengths are metres: nothing depends on the pixel size of the source.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from terraloom.errors import SceneError
-
-if TYPE_CHECKING:
-    import lightgbm
+from terraloom.preprocess.trees import BoostedTrees, read_trees
 
 __all__ = [
     "MIN_DATES",
     "S2CLOUDLESS_BANDS",
+    "SPECTRAL_BANDS",
     "MaskMethod",
     "clear_background",
     "cloud_probability",
@@ -44,7 +43,8 @@ Bands = Mapping[str, npt.NDArray[Any]]
 
 #: Features of the s2cloudless model, in its order.
 S2CLOUDLESS_BANDS = ("B01", "B02", "B04", "B05", "B08", "B8A", "B09", "B10", "B11", "B12")
-_SPECTRAL_BANDS = ("B02", "B03", "B04", "B08", "B11")
+#: Bands the spectral tests cannot do without.
+SPECTRAL_BANDS = ("B02", "B03", "B04", "B08", "B11")
 #: Rise of the haze index that a whole scene may have and still be clear.
 _MOST_HAZE = 0.014
 #: Dates needed before other dates may say what clear sky looks like.
@@ -52,38 +52,38 @@ MIN_DATES = 4
 
 
 class MaskMethod(StrEnum):
-    """How clouds are found."""
+    """How a scene is masked; ``none`` marks missing pixels only."""
 
-    S2CLOUDLESS = "s2cloudless"
+    LAYER = "layer"
     SPECTRAL = "spectral"
-    SCL = "scl"
+    S2CLOUDLESS = "s2cloudless"
+    CSMASK = "csmask"
+    OMNICLOUDMASK = "omnicloudmask"
+    NONE = "none"
 
 
 def cloud_probability(bands: Bands, method: MaskMethod | str) -> F32:
     """Probability of cloud per pixel.
 
     Args:
-        bands: (H, W) reflectance 0-1 by band key, NaN invalid, all on one grid; for ``scl`` the
-            integer layer under ``"SCL"``. ``s2cloudless`` needs L1C (top of atmosphere) and all of
-            :data:`S2CLOUDLESS_BANDS`; ``spectral`` needs B02 B03 B04 B08 B11 of any level and uses
-            B10 (cirrus) where it is given.
-        method: Method.
+        bands: (H, W) reflectance 0-1 by band, NaN invalid, all on one grid. ``s2cloudless`` needs
+            L1C (top of atmosphere) and all of :data:`S2CLOUDLESS_BANDS`; ``spectral`` needs B02
+            B03 B04 B08 B11 of any level and uses B10 (cirrus) where it is given.
+        method: ``s2cloudless`` or ``spectral``.
 
     Returns:
         (H, W) float32, 0-1, NaN where a band is missing.
 
     Raises:
-        SceneError: A band is absent, or shapes differ, or the model is not installed.
+        SceneError: A band is absent, or shapes differ, or the model is not installed, or the
+            method gives no probability.
     """
     method = MaskMethod(method)
-    if method is MaskMethod.SCL:
-        _need(bands, ("SCL",), method)
-        codes = np.asarray(bands["SCL"])
-        cloudy = np.isin(codes, [8, 9, 10]).astype(np.float32)
-        return np.where(codes == 0, np.float32(np.nan), cloudy)
     if method is MaskMethod.S2CLOUDLESS:
         return _s2cloudless(bands)
-    return _spectral(bands)
+    if method is MaskMethod.SPECTRAL:
+        return _spectral(bands)
+    raise SceneError(f"method {method} gives no probability", allowed="s2cloudless, spectral")
 
 
 def _need(bands: Bands, names: Sequence[str], method: str) -> None:
@@ -91,16 +91,16 @@ def _need(bands: Bands, names: Sequence[str], method: str) -> None:
     if absent:
         raise SceneError(
             f"no band {', '.join(absent)}",
-            where=f"masks.method {method}",
+            where=f"masks.methods {method}",
             allowed=f"all of {', '.join(names)}",
-            fix="choose another masks.method, or a source that has these bands "
+            fix="choose another of masks.methods, or a source that has these bands "
             "(Sentinel-2 L2A lacks B10)",
         )
     shapes = {np.shape(bands[b]) for b in names}
     if len(shapes) > 1:
         raise SceneError(
             f"bands of different shapes {sorted(shapes)}",
-            where=f"masks.method {method}",
+            where=f"masks.methods {method}",
             fix="read all bands onto one geobox",
         )
 
@@ -109,38 +109,31 @@ def _need(bands: Bands, names: Sequence[str], method: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _model() -> lightgbm.Booster:
+def _model() -> BoostedTrees:
     """Gradient-boosted trees of the PyPI wheel ``s2cloudless`` 1.7.3 (Sinergise).
 
     Only the text file of the model is read: the package itself would import an archive client and
     OpenCV. The model's licence is CC BY-SA 4.0, which is why it is an extra and is not shipped.
     """
-    extra = "pip install 'terraloom[s2cloudless]', or choose masks.method spectral"
-    try:
-        import lightgbm
-    except ImportError as err:
-        raise SceneError(
-            "lightgbm is not installed", where="masks.method s2cloudless", fix=extra
-        ) from err
     spec = importlib.util.find_spec("s2cloudless")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("models/*lightGBM*.txt")):
-            return lightgbm.Booster(model_file=str(file))
+            return read_trees(file)
     raise SceneError(
         "the model file of s2cloudless is not installed",
-        where="masks.method s2cloudless",
-        fix=extra,
+        where="masks.methods s2cloudless",
+        fix="pip install --no-deps s2cloudless==1.7.3, or choose masks.methods spectral",
     )
 
 
 def _s2cloudless(bands: Bands) -> F32:
     _need(bands, S2CLOUDLESS_BANDS, MaskMethod.S2CLOUDLESS)
-    features = np.stack([np.asarray(bands[b]).ravel() for b in S2CLOUDLESS_BANDS], axis=1)
+    features = np.stack(
+        [np.asarray(bands[b], dtype=np.float32).ravel() for b in S2CLOUDLESS_BANDS], axis=1
+    )
     valid = np.isfinite(features).all(axis=1)
     out = np.full(features.shape[0], np.nan, dtype=np.float32)
-    if valid.any():
-        predicted = _model().predict(features[valid].astype(np.float64), num_threads=1)
-        out[valid] = np.asarray(predicted, dtype=np.float32)
+    out[valid] = _model().probability(features[valid])
     return out.reshape(np.shape(bands["B02"]))
 
 
@@ -175,7 +168,7 @@ def _spectral(bands: Bands) -> F32:
     scene and to s2cloudless on a third; the lift makes them independent of the path radiance,
     that is of L1C or L2A.
     """
-    _need(bands, _SPECTRAL_BANDS, MaskMethod.SPECTRAL)
+    _need(bands, SPECTRAL_BANDS, MaskMethod.SPECTRAL)
     blue, green, red = bands["B02"], bands["B03"], bands["B04"]
     swir = bands["B11"]
     haze = haze_index(blue, red)
@@ -241,7 +234,7 @@ def water_mask(bands: Bands) -> BoolArray:
 
 
 def clear_background(
-    stack: npt.NDArray[Any],
+    stack: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
     invalid: BoolArray,
     *,
     exclude: int | None = None,
@@ -252,7 +245,7 @@ def clear_background(
     """Clear-sky value of each pixel: the median of its valid dates.
 
     Args:
-        stack: (T, H, W) reflectance of one band.
+        stack: T arrays (H, W) of reflectance of one band; they are not copied as a whole.
         invalid: (T, H, W) bool, pixels not to use.
         exclude: Index of the date that will be compared with the result.
         days: (T,) day numbers; with ``exclude`` only the ``nearest`` dates are used, because
@@ -264,17 +257,19 @@ def clear_background(
     Returns:
         (H, W) float32, NaN where no date has data.
     """
-    index = np.arange(stack.shape[0])
+    index = np.arange(len(stack))
     if exclude is not None:
         index = index[index != exclude]
         if days is not None:
             order = np.argsort(np.abs(np.asarray(days)[index] - days[exclude]), kind="stable")
             index = np.sort(index[order[:nearest]])
-    values = np.where(invalid[index], np.nan, stack[index]).astype(np.float32)
+    picked = np.stack([np.asarray(stack[i], dtype=np.float32) for i in index.tolist()])
+    values = np.where(invalid[index], np.float32(np.nan), picked)
     median = _nanmedian(values, min_dates)
     lacking = ~np.isfinite(median)
     if lacking.any():
-        median[lacking] = _low_rank(stack[:, lacking].astype(np.float32))
+        every = np.stack([np.asarray(s[lacking], dtype=np.float32) for s in stack])
+        median[lacking] = _low_rank(every)
     return median
 
 

@@ -4,49 +4,49 @@ Sign: a :class:`Shift` says how the CONTENT of a scene lies relative to the refe
 down (south) and ``dx_px`` right (east), in pixels of the arrays compared. Content that lies too
 far right is read from a window further right: :func:`shifted_geobox` adds the shift to the geobox
 to read with, and the result lies on the reference. Nothing is resampled a second time.
-
-Method: phase correlation (Kuglin and Hines 1975) on a grid of windows, refined by a
-matrix-multiply DFT around the peak (Guizar-Sicairos, Thurman and Fienup 2008, Optics Letters 33,
-156-158, also behind ``skimage.registration.phase_cross_correlation``), then a weighted median over
-windows without outliers. Written here because the peak's height and a spectral weight are needed
-(whitening gives noise at high frequencies the same say as content), and because a masked call of
-scikit-image returns whole pixels only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from odc.geo.geobox import GeoBox
-from scipy import fft, ndimage
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from terraloom.errors import SceneError
+from terraloom.preprocess.matching import (
+    MIN_STACK,
+    MIN_VALID,
+    Pair,
+    TiePoints,
+    match_windows,
+    summed_peak,
+)  # fmt: skip
 
 __all__ = [
-    "Shift",
-    "apply_shift",
-    "estimate_shift",
-    "phase_shift",
-    "shifted_geobox",
-    "solve_shifts",
-]
+    "UNKNOWN", "Shift", "choose_windows", "combine", "estimate_shift", "shift_between",
+    "shifted_geobox", "solve_shifts", "window_starts",
+]  # fmt: skip
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
 
-#: Share of a window that must be valid in both images.
-_MIN_VALID = 0.25
-#: Most windows that are measured; the clearest are taken.
-_MAX_WINDOWS = 49
-#: Peak of a window's correlation over the spread of its surface; below this it says nothing.
-_MIN_PEAK = 6.0
-#: Spread of the spectral weight, cycles per pixel: most content of a scene lies below.
-_SPECTRAL_SIGMA = 0.18
+#: Windows that lie closer to the result than this agree with it, whatever their spread, pixels.
+_AGREE_PX = 0.15
+#: Share of the windows that must agree.
+_MIN_AGREE = 0.25
+#: Windows that scatter more than this have found different things, pixels.
+_MAX_SPREAD_PX = 1.0
+#: Windows whose summed surface gives the first guess ...
+_FEW = 4
+#: ... and how far from it the single ones look, in units of the smoothing.
+_NEAR_PX = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Shift:
     Attributes:
         dy_px: Downwards (south), pixels; NaN when it could not be told.
         dx_px: To the right (east), pixels.
-        reliability: 0-1; share of the windows that agree with the result, 0 when unknown.
+        reliability: 0-1; share of the windows that agree with the result, at most half for one
+            window alone, 0 when unknown.
         residual_px: Robust spread (1.4826 MAD) of the agreeing windows about the result.
         n_windows: Windows that agree.
     """
@@ -72,128 +73,20 @@ class Shift:
         """Whether a shift was found."""
         return math.isfinite(self.dy_px) and math.isfinite(self.dx_px)
 
-
-_UNKNOWN = Shift(math.nan, math.nan, 0.0, math.nan, 0)
-
-
-def phase_shift(
-    reference: FloatArray,
-    moving: FloatArray,
-    *,
-    max_shift_px: float,
-    upsample: int = 100,
-    spectral_sigma: float | None = None,
-) -> tuple[float, float, float]:
-    """Shift of one pair of windows without missing values, by phase correlation.
-
-    Args:
-        reference: (H, W), already tapered towards its edges.
-        moving: (H, W), likewise.
-        max_shift_px: Only peaks within this distance are looked at.
-        upsample: Steps per pixel of the refinement.
-        spectral_sigma: Width of the Gaussian weight of frequencies, cycles per pixel; None: all
-            frequencies count alike, as in scikit-image.
-
-    Returns:
-        Down and right shift of the content of ``moving``, pixels, and the peak's height over the
-        spread of the surface.
-    """
-    return _peak(
-        fft.rfft2(moving) * np.conj(fft.rfft2(reference)),
-        reference.shape, max_shift_px, upsample, spectral_sigma,
-    )  # fmt: skip
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Shift:
+        """Shift of a record of ``shifts.json``, whose further keys are left alone; null is NaN."""
+        names = ("dy_px", "dx_px", "reliability", "residual_px")
+        dy, dx, reliability, residual = (
+            math.nan if record[k] is None else float(record[k]) for k in names
+        )
+        return cls(dy, dx, reliability, residual, int(record["n_windows"]))
 
 
-def _peak(
-    cross: npt.NDArray[np.complexfloating],
-    shape: tuple[int, ...],
-    max_shift_px: float,
-    upsample: int,
-    spectral_sigma: float | None,
-) -> tuple[float, float, float]:
-    """Peak of a half-plane cross-power spectrum; see :func:`phase_shift`."""
-    height, width = shape
-    size = np.abs(cross)
-    spectrum = cross / np.maximum(size, 1e-12 * max(float(size.max()), 1e-30))
-    fy, fx = np.fft.fftfreq(height), np.fft.rfftfreq(width)
-    if spectral_sigma is not None:
-        radius2 = fy[:, None] ** 2 + fx[None, :] ** 2
-        spectrum = spectrum * np.exp(-0.5 * radius2 / spectral_sigma**2).astype(size.dtype)
-    surface = fft.irfft2(spectrum, s=(height, width))
-    rows, cols = np.fft.fftfreq(height, 1.0 / height), np.fft.fftfreq(width, 1.0 / width)
-    reach = max(max_shift_px, 1.0)
-    near_rows = np.flatnonzero(np.abs(rows) <= reach)
-    near_cols = np.flatnonzero(np.abs(cols) <= reach)
-    near = surface[np.ix_(near_rows, near_cols)]
-    i, j = np.unravel_index(int(np.argmax(near)), near.shape)
-    y, x = float(rows[near_rows[i]]), float(cols[near_cols[j]])
-    quality = (float(near[i, j]) - float(surface.mean())) / max(float(surface.std()), 1e-12)
-    if upsample > 1:
-        # Columns of the left half plane are the mirror of the right one: count them twice.
-        twice = np.full(fx.size, 2.0, dtype=size.dtype)
-        twice[0] = 1.0
-        if width % 2 == 0:
-            twice[-1] = 1.0
-        y, x = _refine(spectrum * twice, fy, fx, y, x, upsample)
-    return y, x, quality
+UNKNOWN = Shift(math.nan, math.nan, 0.0, math.nan, 0)
 
 
-def _refine(
-    spectrum: npt.NDArray[np.complexfloating],
-    fy: FloatArray,
-    fx: FloatArray,
-    y: float,
-    x: float,
-    upsample: int,
-) -> tuple[float, float]:
-    """Peak of the surface on a grid of 1/upsample within 1 pixel of (y, x), coarse then fine."""
-    for step in sorted({1.0 / min(upsample, 10), 1.0 / upsample}, reverse=True):
-        half = 1.0 if step > 1.0 / upsample or upsample <= 10 else 0.15
-        offsets = np.arange(-round(half / step), round(half / step) + 1) * step
-        left = np.exp(2j * np.pi * np.outer(y + offsets, fy))
-        right = np.exp(2j * np.pi * np.outer(fx, x + offsets))
-        fine = (left @ spectrum @ right).real
-        i, j = np.unravel_index(int(np.argmax(fine)), fine.shape)
-        y, x = y + float(offsets[i]), x + float(offsets[j])
-    return y, x
-
-
-def _structure(image: FloatArray, valid: BoolArray) -> FloatArray:
-    """Gradient magnitude of a filled image, 0 near invalid pixels.
-
-    Edges between fields stay where they are when crops turn from dark to bright.
-    """
-    smooth = ndimage.gaussian_filter(image, 0.7, truncate=3.0)
-    gradient = np.hypot(
-        ndimage.correlate1d(smooth, [-0.5, 0.0, 0.5], axis=0),
-        ndimage.correlate1d(smooth, [-0.5, 0.0, 0.5], axis=1),
-    )
-    inner = ndimage.binary_erosion(valid, iterations=3, border_value=1)
-    scale = float(np.median(gradient[inner])) if inner.any() else 0.0
-    # Compressed, so that a few strong edges (a shore) do not decide alone.
-    out = np.log1p(gradient / scale) if scale > 0 else gradient
-    soft = ndimage.uniform_filter(inner.astype(np.float32), 5) * inner
-    level = float(out[inner].mean()) if inner.any() else 0.0
-    structure: FloatArray = ((out - level) * soft).astype(np.float32)
-    return structure
-
-
-def _fill(bands: FloatArray, valid: BoolArray) -> npt.NDArray[np.float32]:
-    """(B, H, W): invalid pixels take the value of the nearest valid one."""
-    if valid.all():
-        return bands.astype(np.float32)
-    if not valid.any():
-        return np.zeros(bands.shape, dtype=np.float32)
-    index = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)
-    filled: npt.NDArray[np.float32] = bands[:, index[0], index[1]].astype(np.float32)
-    return filled
-
-
-def _window_starts(length: int, size: int) -> list[int]:
-    if length <= size:
-        return [0]
-    n = max(2, math.ceil((length - size) / (size * 2 / 3)) + 1)
-    return sorted({round(i * (length - size) / (n - 1)) for i in range(n)})
+# --- one scene -------------------------------------------------------------------------------
 
 
 def estimate_shift(
@@ -202,25 +95,26 @@ def estimate_shift(
     valid: BoolArray | None = None,
     *,
     max_shift_px: float = 3.0,
-    upsample: int = 100,
-    window_px: int = 192,
-    iterations: int = 2,
+    window_px: int = 256,
+    max_windows: int = 9,
     gradient: bool = True,
+    sigma_px: float = 1.2,
 ) -> Shift:
     """Shift of a scene's content relative to a reference on the same grid.
 
+    A few windows are enough: they are chosen where both images are clear and textured, far from
+    each other. Their correlation surfaces are added up for a first, whole answer; from there each
+    window is measured by itself, and the weighted median of those that agree is the result.
+
     Args:
-        reference: (H, W) or (B, H, W) reflectance, NaN invalid; each band gives its own windows.
+        reference: (H, W) or (B, H, W) reflectance, NaN invalid.
         moving: Same shape.
         valid: (H, W) bool, pixels that are clear in both; NaN is invalid anyway.
         max_shift_px: Larger shifts are not looked for; a result beyond it is unknown.
-        upsample: Steps per pixel.
-        window_px: Size of the windows; they overlap by a third
-            or more.
-        iterations: Passes; from the second on ``moving`` is put back by the estimate and the rest
-            is measured, which takes away the pull towards whole pixels.
-        gradient: Compare gradient magnitudes, for scenes of different seasons; False compares
-            reflectance.
+        window_px: Size of the windows.
+        max_windows: Most windows that are measured.
+        gradient: Compare edges, for scenes of different seasons; False compares reflectance.
+        sigma_px: Smoothing, pixels; more for noisy images such as radar.
 
     Returns:
         Down and right shift of the content of ``moving``; unknown (NaN, reliability 0) when too
@@ -231,104 +125,31 @@ def estimate_shift(
     """
     ref = reference[None] if reference.ndim == 2 else reference
     mov = moving[None] if moving.ndim == 2 else moving
-    if ref.shape != mov.shape:
-        raise SceneError(f"reference {ref.shape} and scene {mov.shape} differ in shape")
-    usable: BoolArray = np.logical_and.reduce(np.isfinite(ref) & np.isfinite(mov), axis=0)
-    if valid is not None:
-        usable &= valid
-    prepare = _structure if gradient else _centred
-    windows = _windows(usable, window_px)
-    fixed = _spectra([prepare(b, usable) for b in _fill(ref, usable)], windows)
-    filled = _fill(mov, usable)
-    total, result = (0.0, 0.0), _UNKNOWN
-    for k in range(max(1, iterations)):
-        bands = filled if k == 0 else [apply_shift(b, (-total[0], -total[1])) for b in filled]
-        moved = _spectra([prepare(b, usable) for b in bands], windows)
-        # The products are tiny: threads would only wait for each other (5 times slower).
-        with threadpool_limits(limits=1, user_api="blas"):
-            found = _measure(fixed, moved, windows, max_shift_px, upsample)
-        step = _combine(found)
-        if not step.known:
-            return result
-        total = (total[0] + step.dy_px, total[1] + step.dx_px)
-        result = replace(step, dy_px=total[0], dx_px=total[1])
-    return _UNKNOWN if math.hypot(*total) > max_shift_px else result
+    if ref.shape != mov.shape or (valid is not None and valid.shape != ref.shape[1:]):
+        shapes = f"reference {ref.shape} and scene {mov.shape}"
+        raise SceneError(f"{shapes} and their mask differ in shape", fix="read them on one grid")
+    size = min(window_px, ref.shape[1]), min(window_px, ref.shape[2])
+    pair = Pair(ref, mov, valid, size, gradient, sigma_px)
+    corners = choose_windows(pair, max_windows, pair.reach + math.ceil(max_shift_px))
+    guess = _first_guess(pair, corners, max_shift_px)
+    if guess is None:
+        return UNKNOWN
+    near = _NEAR_PX * pair.sigma_px
+    found = combine(match_windows(pair, corners, max_shift_px=near, start=guess))
+    far = found.known and math.hypot(found.dy_px, found.dx_px) > max_shift_px
+    return UNKNOWN if far else found
 
 
-def apply_shift(image: FloatArray, shift: tuple[float, float]) -> FloatArray:
-    """Move the content of an image (down, right) by cubic interpolation; for measuring only."""
-    moved: FloatArray = ndimage.shift(image, shift, order=3, mode="nearest")
-    return moved
-
-
-def _centred(image: FloatArray, valid: BoolArray) -> FloatArray:
-    level = float(image[valid].mean()) if valid.any() else 0.0
-    centred: FloatArray = np.where(valid, image - level, 0.0)
-    return centred
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """One window: its pixels and the share of them that is valid, weighted by the taper."""
-
-    rows: slice
-    cols: slice
-    share: float
-
-
-def _taper(height: int, width: int) -> npt.NDArray[np.float32]:
-    """Hann window that does not start at 0."""
-    taper = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
-    return taper.astype(np.float32)
-
-
-def _windows(usable: BoolArray, window_px: int) -> list[_Window]:
-    """Windows with enough valid pixels, at most ``_MAX_WINDOWS`` of them, clearest first."""
-    height, width = usable.shape
-    size_y, size_x = min(window_px, height), min(window_px, width)
-    taper = _taper(size_y, size_x)
-    found = []
-    for top in _window_starts(height, size_y):
-        for left in _window_starts(width, size_x):
-            rows, cols = slice(top, top + size_y), slice(left, left + size_x)
-            share = float((usable[rows, cols] * taper).sum() / taper.sum())
-            if share >= _MIN_VALID:
-                found.append(_Window(rows, cols, share))
-    return sorted(found, key=lambda w: -w.share)[:_MAX_WINDOWS]
-
-
-def _spectra(
-    bands: Sequence[FloatArray], windows: Sequence[_Window]
-) -> list[list[npt.NDArray[np.complexfloating]]]:
-    """Half-plane spectrum of every window and band."""
-    if not windows:
-        return []
-    first = windows[0]
-    taper = _taper(first.rows.stop - first.rows.start, first.cols.stop - first.cols.start)
-    return [
-        [fft.rfft2(band[w.rows, w.cols].astype(np.float32) * taper) for band in bands]
-        for w in windows
-    ]
-
-
-def _measure(
-    fixed: Sequence[Sequence[npt.NDArray[np.complexfloating]]],
-    moved: Sequence[Sequence[npt.NDArray[np.complexfloating]]],
-    windows: Sequence[_Window],
-    max_shift_px: float,
-    upsample: int,
-) -> npt.NDArray[np.float64]:
-    """(N, 4): down, right, peak height, valid share of each window and band."""
-    found = []
-    for window, refs, movs in zip(windows, fixed, moved, strict=True):
-        shape = (window.rows.stop - window.rows.start, window.cols.stop - window.cols.start)
-        for a, b in zip(refs, movs, strict=True):
-            cross = b * np.conj(a)
-            if not np.abs(cross).max() > 0.0:
-                continue
-            y, x, peak = _peak(cross, shape, max_shift_px, upsample, _SPECTRAL_SIGMA)
-            found.append((y, x, peak, window.share))
-    return np.array(found, dtype=np.float64).reshape(-1, 4)
+def _first_guess(
+    pair: Pair, corners: npt.NDArray[np.int64], max_shift_px: float
+) -> tuple[float, float] | None:
+    """Summed peak of a few windows; of all, if these do not say; None: unknown."""
+    for n in (_FEW, len(corners)):
+        if n <= len(corners) and len(corners) > 0:
+            y, x, height = summed_peak(pair, corners[:n], max_shift_px)
+            if height >= MIN_STACK:
+                return y, x
+    return None
 
 
 def _weighted_median(values: FloatArray, weights: FloatArray) -> float:
@@ -337,45 +158,154 @@ def _weighted_median(values: FloatArray, weights: FloatArray) -> float:
     return float(np.interp(0.5 * cumulative[-1], cumulative - 0.5 * weights[order], values[order]))
 
 
-def _combine(windows: npt.NDArray[np.float64]) -> Shift:
+def combine(points: TiePoints) -> Shift:
     """Weighted median of the windows after rejection of low peaks and of outliers."""
-    good = windows[windows[:, 2] >= _MIN_PEAK]
-    if len(good) == 0:
-        return _UNKNOWN
-    keep = np.ones(len(good), dtype=bool)
-    centre = (0.0, 0.0)
+    seen = points.shares >= MIN_VALID
+    good = np.isfinite(points.shifts).all(axis=1)
+    if not good.any():
+        return UNKNOWN
+    shifts, weights = points.shifts[good], (points.peaks * points.shares)[good]
+    keep = np.ones(len(shifts), dtype=bool)
+    centre = np.zeros(2)
     for _ in range(3):
-        weights = good[keep, 2] * good[keep, 3]
-        centre = (
-            _weighted_median(good[keep, 0], weights),
-            _weighted_median(good[keep, 1], weights),
-        )
-        distance = np.hypot(good[:, 0] - centre[0], good[:, 1] - centre[1])
+        centre = np.array([_weighted_median(shifts[keep, k], weights[keep]) for k in (0, 1)])
+        distance = np.hypot(*(shifts - centre).T)
         spread = 1.4826 * float(np.median(distance[keep]))
         # The floor keeps windows that agree within the noise of a good match.
-        keep = distance <= max(3.0 * spread, 0.15)
+        keep = distance <= max(3.0 * spread, _AGREE_PX)
         if not keep.any():
-            return _UNKNOWN
-    distance = np.hypot(good[keep, 0] - centre[0], good[keep, 1] - centre[1])
-    agree = float(keep.sum()) / len(windows)
-    residual = 1.4826 * float(np.median(distance))
+            return UNKNOWN
+    agree = float(keep.sum()) / max(int(seen.sum()), 1)
+    residual = 1.4826 * float(np.median(distance[keep]))
     # One window has nobody to agree with: its peak must speak for it.
-    if len(good) == 1 and good[0, 2] < 2.0 * _MIN_PEAK:
-        return _UNKNOWN
-    return Shift(centre[0], centre[1], agree, residual, int(keep.sum()))
+    alone = keep.sum() == 1 and points.peaks[good][keep][0] < MIN_STACK
+    if agree < _MIN_AGREE or alone or residual > _MAX_SPREAD_PX:
+        return UNKNOWN
+    # It is given half the trust at most.
+    trust = agree if keep.sum() > 1 else 0.5 * agree
+    return Shift(float(centre[0]), float(centre[1]), trust, residual, int(keep.sum()))
+
+
+# --- choice of windows -----------------------------------------------------------------------
+
+
+def choose_windows(pair: Pair, most: int, margin_px: int) -> IntArray:
+    """Corners of at most so many windows, clear and textured ones, far from each other.
+
+    Args:
+        pair: The images.
+        most: Largest number of windows.
+        margin_px: Windows keep this far from the border where the image is large enough.
+
+    Returns:
+        (N, 2) upper row and left column; the first ones promise most.
+    """
+    corners, worth = _candidates(pair, margin_px)
+    if len(corners) == 0:
+        return corners
+    at = corners / np.array(pair.size)
+    chosen = [int(np.argmax(worth))]
+    apart = np.full(len(corners), np.inf)
+    while len(chosen) < min(most, len(corners)):
+        apart = np.minimum(apart, np.hypot(*(at - at[chosen[-1]]).T))
+        score = worth * np.sqrt(apart)
+        score[chosen] = -1.0
+        chosen.append(int(np.argmax(score)))
+    return corners[chosen]
+
+
+def window_starts(length: int, size: int, margin: int, stride: int) -> IntArray:
+    """First pixels of windows at most ``stride`` apart that keep off the border."""
+    free = max(length - size, 0)
+    margin = min(margin, free // 2)
+    n = math.ceil((free - 2 * margin) / stride) + 1
+    return np.unique(np.linspace(margin, free - margin, n).round().astype(np.int64))
+
+
+def _candidates(pair: Pair, margin: int) -> tuple[IntArray, FloatArray]:
+    """(N, 2) corners of all windows and (N,) how much each promises: valid and not flat."""
+    thin = max(1, min(pair.size) // 16)
+    views = [bands[0, ::thin, ::thin] for bands in (pair.reference, pair.moving)]
+    fine = np.isfinite(views[0]) & np.isfinite(views[1])
+    if pair.valid is not None:
+        fine &= pair.valid[::thin, ::thin]
+    rows, cols = (
+        window_starts(n, size, margin, max(size * 2 // 3, 1))
+        for n, size in zip(pair.reference.shape[1:], pair.size, strict=True)
+    )
+    corners = np.stack(np.meshgrid(rows, cols, indexing="ij"), axis=-1).reshape(-1, 2)
+    first = corners // thin
+    last = np.minimum(first + [max(s // thin, 1) for s in pair.size], fine.shape)
+    count = _box_sums(fine.astype(np.float64), first, last)
+    share = count / np.maximum(np.prod(last - first, axis=1), 1)
+    contrasts = []
+    for view in views:
+        known = np.where(fine, view, 0.0).astype(np.float64)
+        known -= known.sum() / max(int(fine.sum()), 1) * fine
+        mean, power = (_box_sums(v, first, last) / np.maximum(count, 1) for v in (known, known**2))
+        contrasts.append(np.sqrt(np.maximum(power - mean**2, 0.0)))
+    good = share >= MIN_VALID
+    corners, share, contrast = corners[good], share[good], np.array(contrasts)[:, good]
+    if len(corners) == 0:
+        return corners, share
+    typical = np.maximum(np.median(contrast, axis=1, keepdims=True), 1e-12)
+    return corners, share * np.minimum((contrast / typical).min(axis=0), 1.0)
+
+
+def _box_sums(values: FloatArray, first: IntArray, last: IntArray) -> npt.NDArray[np.float64]:
+    """(N,) sums of boxes, from one table of cumulative sums."""
+    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
+    table[1:, 1:] = values.cumsum(axis=0).cumsum(axis=1)
+    (r0, c0), (r1, c1) = first.T, last.T
+    sums: npt.NDArray[np.float64] = table[r1, c1] - table[r0, c1] - table[r1, c0] + table[r0, c0]
+    return sums
 
 
 # --- many scenes -----------------------------------------------------------------------------
 
 
+def shift_between(
+    reference: FloatArray,
+    moving: FloatArray,
+    valid: BoolArray | None = None,
+    *,
+    max_shift_px: float,
+    sigma_px: float = 1.2,
+) -> Shift:
+    """Shift of a scene by the first way of looking that tells one; see :func:`estimate_shift`.
+
+    Tried in turn: edges in a dozen windows; in more and larger ones (haze, few fields); values
+    (smooth scenes of one season). Windows fit four times into a small image, so that they can be
+    held against each other.
+    """
+    side = min(reference.shape[-2:])
+    small, large = min(max(side // 2, 64), 256), min(side, 384)
+    for window_px, most, gradient in ((small, 12, True), (large, 25, True), (small, 25, False)):
+        found = estimate_shift(
+            reference, moving, valid, max_shift_px=max_shift_px, window_px=window_px,
+            max_windows=most, gradient=gradient, sigma_px=sigma_px,
+        )  # fmt: skip
+        if found.known and found.n_windows < _FEW and small > 64:
+            # Clouds leave no more large windows: smaller ones can be held against each other.
+            more = estimate_shift(
+                reference, moving, valid, max_shift_px=max_shift_px,
+                window_px=max(small // 2, 64), max_windows=25, gradient=gradient,
+                sigma_px=sigma_px,
+            )  # fmt: skip
+            return more if more.n_windows > found.n_windows else found
+        if found.known:
+            return found
+    return UNKNOWN
+
+
 def solve_shifts(
     images: Sequence[FloatArray],
-    valid: Sequence[BoolArray],
+    valid: Sequence[BoolArray] | None = None,
     *,
     reference: FloatArray | None = None,
     max_shift_px: float = 3.0,
     rounds: int = 2,
-    window_px: int = 192,
+    sigma_px: float = 1.2,
 ) -> list[Shift]:
     """Shifts of all scenes of one grid in one frame.
 
@@ -387,11 +317,11 @@ def solve_shifts(
 
     Args:
         images: T arrays (H, W) or (B, H, W), reflectance, NaN invalid.
-        valid: T arrays (H, W) bool, clear pixels.
+        valid: T arrays (H, W) bool, clear pixels; None: whatever is not NaN.
         reference: Array like one of ``images``.
         max_shift_px: Larger shifts are unknown.
         rounds: Refinements against the mean of the others.
-        window_px: Size of the windows.
+        sigma_px: Smoothing.
 
     Returns:
         T shifts; unknown ones are NaN with reliability 0 and must be decided on by policy.
@@ -399,83 +329,116 @@ def solve_shifts(
     Raises:
         SceneError: Lists of different lengths, or shapes differ.
     """
-    if len(images) != len(valid):
+    if valid is not None and len(images) != len(valid):
         raise SceneError(f"{len(images)} images but {len(valid)} masks")
     if not images:
         return []
+    bands = [image if image.ndim == 3 else image[None] for image in images]
+    clear: list[BoolArray] = [np.asarray(np.isfinite(b).all(axis=0)) for b in bands]
+    if valid is not None:
+        clear = [seen & ok for seen, ok in zip(clear, valid, strict=True)]
+    look = {"max_shift_px": 2.0 * max_shift_px, "sigma_px": sigma_px}
     if reference is not None:
-        return [
-            estimate_shift(reference, im, ok, max_shift_px=max_shift_px, window_px=window_px)
-            for im, ok in zip(images, valid, strict=True)
-        ]
-    clearest = int(np.argmax([int(np.count_nonzero(v)) for v in valid]))
-    first, seen = images[clearest], valid[clearest]
-    shifts = [
-        estimate_shift(first, im, ok & seen, max_shift_px=2.0 * max_shift_px, window_px=window_px)
-        for im, ok in zip(images, valid, strict=True)
-    ]
-    shifts = _to_mean(shifts)
+        fixed = reference if reference.ndim == 3 else reference[None]
+        found = [shift_between(fixed, b, ok, **look) for b, ok in zip(bands, clear, strict=True)]
+        return [_within(s, max_shift_px) for s in found]
+    first = int(np.argmax([int(np.count_nonzero(ok)) for ok in clear]))
+    shifts = []
+    for t, (image, ok) in enumerate(zip(bands, clear, strict=True)):
+        same = Shift(0.0, 0.0, 1.0, 0.0, 1) if t == first and ok.any() else None
+        shifts.append(same or shift_between(bands[first], image, ok & clear[first], **look))
+    shifts = to_mean(shifts)
     for _ in range(rounds if len(images) > 2 else 0):
-        shifts = _to_mean(_against_others(images, valid, shifts, max_shift_px, window_px))
-    return [s if s.known and math.hypot(s.dy_px, s.dx_px) <= max_shift_px else _UNKNOWN
-            for s in shifts]  # fmt: skip
+        shifts = to_mean(_against_others(bands, clear, shifts, look))
+    if sum(s.known for s in shifts) < min(len(shifts), 2):
+        return [UNKNOWN] * len(shifts)  # the first reference agrees with itself alone
+    return [_within(s, max_shift_px) for s in shifts]
 
 
-def _to_mean(shifts: Sequence[Shift]) -> list[Shift]:
+def _within(shift: Shift, max_shift_px: float) -> Shift:
+    near = shift.known and math.hypot(shift.dy_px, shift.dx_px) <= max_shift_px
+    return shift if near else UNKNOWN
+
+
+def moved_by(shift: Shift, dy_px: float, dx_px: float) -> Shift:
+    """The shift in a frame that lies elsewhere; an unknown one stays unknown."""
+    return replace(shift, dy_px=shift.dy_px + dy_px, dx_px=shift.dx_px + dx_px)
+
+
+def to_mean(shifts: Sequence[Shift]) -> list[Shift]:
+    """Shifts in the frame in which their mean is 0."""
     known = [s for s in shifts if s.known]
     if not known:
         return list(shifts)
     dy = float(np.mean([s.dy_px for s in known]))
     dx = float(np.mean([s.dx_px for s in known]))
-    return [replace(s, dy_px=s.dy_px - dy, dx_px=s.dx_px - dx) if s.known else s for s in shifts]
+    return [moved_by(s, -dy, -dx) for s in shifts]
 
 
 def _against_others(
     images: Sequence[FloatArray],
-    valid: Sequence[BoolArray],
+    clear: Sequence[BoolArray],
     shifts: Sequence[Shift],
-    max_shift_px: float,
-    window_px: int,
+    look: Mapping[str, float],
 ) -> list[Shift]:
     """Each scene against the mean of the others, all put back by their present shifts.
 
     The mean, because leaving one scene out of it costs a subtraction; clouds are masked before.
     """
-    shape = images[0].shape if images[0].ndim == 3 else (1, *images[0].shape)
-    total, count = np.zeros(shape, dtype=np.float32), np.zeros(shape[1:], dtype=np.float32)
-    aligned = [_aligned(im, ok, s) for im, ok, s in zip(images, valid, shifts, strict=True)]
-    for bands, weight in aligned:
-        total += bands
-        count += weight
+    back = [put_back(*scene) for scene in zip(images, clear, shifts, strict=True)]
+    total = np.stack([values for values, _ in back]).sum(axis=0)
+    count = np.stack([weight for _, weight in back]).sum(axis=0)
     out = []
-    for i, (image, ok) in enumerate(zip(images, valid, strict=True)):
-        rest = count - aligned[i][1]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            reference = np.where(rest > 0.5, (total - aligned[i][0]) / rest, np.nan)
-        out.append(
-            estimate_shift(
-                reference,
-                image if image.ndim == 3 else image[None],
-                ok,
-                max_shift_px=2.0 * max_shift_px,
-                window_px=window_px,
-            )
-        )
+    for image, ok, (values, weight) in zip(images, clear, back, strict=True):
+        out.append(shift_between(without(total, count, values, weight), image, ok, **look))
     return out
 
 
-def _aligned(
+def without(
+    total: FloatArray, count: FloatArray, values: FloatArray, weight: FloatArray
+) -> npt.NDArray[np.float32]:
+    """Mean of scenes without one of them; NaN where no other is clear."""
+    rest = count - weight
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(rest > 0.5, (total - values) / rest, np.float32(np.nan))
+
+
+def put_back(
     image: FloatArray, ok: BoolArray, shift: Shift
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(B, H, W) values put back by the shift, 0 where invalid, and (H, W) weights 0 or 1."""
-    bands = image if image.ndim == 3 else image[None]
-    if not shift.known:
-        return np.zeros(bands.shape, np.float32), np.zeros(bands.shape[1:], np.float32)
-    fine = ok & np.isfinite(bands).all(axis=0)
-    back = (-shift.dy_px, -shift.dx_px)
-    weight = ndimage.shift(fine.astype(np.float32), back, order=1, mode="nearest") > 0.9
-    moved = np.stack([apply_shift(b, back) for b in _fill(bands, fine)])
-    return np.where(weight, moved, 0.0).astype(np.float32), weight.astype(np.float32)
+    """A scene put back by its shift, by a windowed sinc of 6 x 6 pixels; for measuring only.
+
+    Returns:
+        (B, H, W) values, 0 where invalid, and (H, W) weights 0 or 1.
+    """
+    h, w = ok.shape
+    values, weight = np.zeros(image.shape, np.float32), np.zeros((h, w), np.float32)
+    if not shift.known or not ok.any():
+        return values, weight
+    (dy, ty), (dx, tx) = (_taps(v) for v in (shift.dy_px, shift.dx_px))
+    # The pixel at r comes from r + dy and its neighbours: what lies outside stays 0.
+    to = slice(max(0, -dy), min(h, h - dy)), slice(max(0, -dx), min(w, w - dx))
+    came = slice(max(0, dy), min(h, h + dy)), slice(max(0, dx), min(w, w + dx))
+    whole = ndimage.minimum_filter(ok, size=(len(ty), len(tx)), mode="constant")
+    weight[to] = whole[came]
+    for k, band in enumerate(image):
+        filled = np.where(ok, band, np.float32(band[ok].mean())).astype(np.float32)
+        moved = ndimage.correlate1d(ndimage.correlate1d(filled, ty, axis=0), tx, axis=1)
+        values[k][to] = moved[came]
+    return values * weight, weight
+
+
+def _taps(shift_px: float) -> tuple[int, FloatArray]:
+    """Whole pixels of a shift, and a filter for its fraction (Lanczos of 3 lobes)."""
+    whole = round(shift_px)
+    if shift_px == whole:
+        return whole, np.ones(1)
+    at = np.arange(-3, 4) - (shift_px - whole)
+    taps = np.where(np.abs(at) < 3, np.sinc(at) * np.sinc(at / 3), 0.0)
+    return whole, taps / taps.sum()
+
+
+# --- use -----------------------------------------------------------------------------------------
 
 
 def shifted_geobox(geobox: GeoBox, shift: Shift, *, pixel_m: float | None = None) -> GeoBox:

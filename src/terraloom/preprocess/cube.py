@@ -1,184 +1,191 @@
-"""The cube: a tile's harmonised stack, one masked composite per period at native resolutions.
+"""The cube: a tile's harmonised stack at native resolutions, as composites or as dates.
 
-Optical bands are masked medians of reflectance, SAR bands means of linear power kept as decibels,
-static layers (elevation) are read once. Every band is resampled at most once: shift, reprojection
-and resolution change are one warp, and bands on the tile's lattice are not resampled at all.
+Optical bands are masked composites of reflectance, SAR bands means of linear power kept as
+decibels, static layers (elevation) are read once. What is read at once is bounded, whatever the
+tile, and written before the next block is read. Rebuilding a tile reads only the periods whose
+scenes have changed.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from odc.geo.geobox import GeoBox
 
-from terraloom.acquire.assets import read_band
 from terraloom.acquire.sources import load_source
 from terraloom.config.campaign import Campaign, Composite
-from terraloom.grid import CampaignGrid, Tile, coarsen
-from terraloom.io import digest_json, read_store, read_window, sha256, write_store
+from terraloom.errors import ConfigError
+from terraloom.grid import CampaignGrid, Tile
+from terraloom.io import digest_json, sha256
 from terraloom.log import get_logger
-from terraloom.preprocess.coregister import Shift, shifted_geobox
-from terraloom.preprocess.reasons import INVALID, Reason
+from terraloom.preprocess.groups import group_factor, group_order
+from terraloom.preprocess.harmonise import view_unknown
+from terraloom.preprocess.layering import Group, Layer, Step, Unit, assemble
+from terraloom.preprocess.stack import (
+    MASK_OUTSIDE,
+    Scene,
+    mask_on,
+    role_of,
+    touching,
+)
+from terraloom.preprocess.tilestore import TileStore, open_arrays
 
 __all__ = [
-    "MASK_OUTSIDE",
-    "MASK_RESOLUTION_M",
-    "Scene",
-    "build_tile",
-    "channel_names",
-    "cube_inputs",
-    "mask_on",
-    "period_of",
-]
+    "MASK_OUTSIDE", "Scene", "build_tile", "channel_names", "cube_groups", "cube_inputs", "mask_on",
+]  # fmt: skip
 
 Float = npt.NDArray[np.float32]
-Bits = npt.NDArray[np.uint8]
 
-#: Masks are made at this resolution, metres: the finest that has all bands a mask needs.
-MASK_RESOLUTION_M = 20
-#: Value of a mask raster outside its strip; all reason bits at once never occur.
-MASK_OUTSIDE = 255
-#: Reflectance is stored as uint16 with this step; -0.1 .. 6.45 fits, 65535 is missing.
-_SCALE, _OFFSET, _FILL = 1e-4, -0.1, 65535
+#: What of an item's record decides its values, besides its assets.
+_ITEM_KEYS = (
+    "source", "datetime", "platform", "crs", "sun_azimuth_deg", "sun_elevation_deg",
+    "view_azimuth_deg", "view_zenith_deg",
+)  # fmt: skip
+#: What of the cube's settings does not change what is read and composed.
+_LATER = {"periods", "fill", "fill_max_days"}
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One used acquisition: its record in the lock, its mask and its shift.
+def cube_groups(campaign: Campaign) -> list[Group]:
+    """Groups of a campaign's cubes, in the order of its sources.
 
-    Attributes:
-        item: Record of the item lock.
-        masks: Rasters of reasons (strips of the AOI) and this scene's band in them, in the frame
-            of the scene as delivered; empty where the source needs no mask (SAR, elevation).
-        shift: How far the content lies off, 10 m pixels.
+    Raises:
+        ConfigError: A group's pixels do not fit the tiles, or two sources share a group without
+            having the same bands.
     """
-
-    item: Mapping[str, Any]
-    masks: tuple[tuple[Path, int], ...]
-    shift: Shift | None
-
-    @property
-    def day(self) -> date:
-        """Day of acquisition, UTC."""
-        return date.fromisoformat(str(self.item["datetime"])[:10])
-
-
-def period_of(day: date, periods: Sequence[Composite]) -> str | None:
-    """Name of the first period that holds a day; None if none does."""
-    return next((p.name for p in periods if p.start <= day <= p.end), None)
-
-
-def _placed(geobox: GeoBox, scene: Scene) -> GeoBox:
-    return geobox if scene.shift is None else shifted_geobox(geobox, scene.shift, pixel_m=10)
-
-
-def mask_on(geobox: GeoBox, scene: Scene) -> Bits:
-    """Reasons of a scene on a geobox of 10, 20 or 60 m pixels, (H, W) uint8.
-
-    The mask has 20 m pixels; a 60 m pixel takes every reason found in its nine parts, since one
-    cloudy part spoils the whole pixel's reflectance.
-    """
-    if not scene.masks:
-        return np.zeros(geobox.shape, np.uint8)
-    res = round(geobox.resolution.x)
-    if res <= MASK_RESOLUTION_M:
-        return _joined(scene, _placed(geobox, scene))
-    factor = res // MASK_RESOLUTION_M
-    h, w = geobox.shape
-    fine_box = GeoBox(
-        (h * factor, w * factor), geobox.affine @ geobox.affine.scale(1 / factor), geobox.crs
-    )
-    fine = _joined(scene, _placed(fine_box, scene))
-    parts = fine.reshape(h, factor, w, factor)
-    bits: Bits = np.bitwise_or.reduce(np.bitwise_or.reduce(parts, axis=3), axis=1)
-    return bits
-
-
-def _joined(scene: Scene, geobox: GeoBox) -> Bits:
-    """Strips of a mask joined on a geobox; outside all strips there is no data."""
-    out = np.full(geobox.shape, np.uint8(Reason.NODATA))
-    for path, band in scene.masks:
-        part = read_window(path, geobox, band=band)
-        seen = part != MASK_OUTSIDE
-        out[seen] = part[seen]
-    return out
-
-
-def _median(stack: Float) -> Float:
-    if len(stack) == 1:
-        only: Float = stack[0]
-        return only
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN pixels stay NaN: wanted
-        return np.asarray(np.nanmedian(stack, axis=0), dtype=np.float32)
-
-
-def _mean(stack: Float) -> Float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.asarray(np.nanmean(stack, axis=0), dtype=np.float32)
-
-
-def _mean_db(stack: Float) -> Float:
-    """Mean of decibels, taken in linear power: averaging decibels is biased by speckle."""
-    power = np.power(10, stack / 10, dtype=np.float32)
-    return np.asarray(10 * np.log10(_mean(power)), dtype=np.float32)
-
-
-_REDUCE = {"optical": _median, "sar": _mean_db, "dem": _mean}
-
-
-def _composite(scenes: Sequence[Scene], bands: Sequence[str], geobox: GeoBox, kind: str) -> Float:
-    """(B, H, W) composite of the scenes of one period; NaN where no scene is clear."""
-    out = np.full((len(bands), *geobox.shape), np.nan, np.float32)
-    if not scenes:
-        return out
-    clear = [(mask_on(geobox, s) & INVALID) == 0 for s in scenes]
-    for b, band in enumerate(bands):
-        stack = np.stack([read_band(dict(s.item), band, _placed(geobox, s)) for s in scenes])
-        for t, ok in enumerate(clear):
-            stack[t][~ok] = np.nan
-        out[b] = _REDUCE[kind](stack)
-    return out
-
-
-def _groups(campaign: Campaign) -> dict[str, tuple[str, list[str], int]]:
-    """Group name: (source key, bands, resolution in metres), in the order of the campaign."""
-    groups: dict[str, tuple[str, list[str], int]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for source in campaign.sources:
         table = load_source(source.source)
-        for key, band in table.bands.items():
-            if source.bands is not None and key not in source.bands:
-                continue
-            # The group's name ends with the pixel size its bands are kept at.
-            res = int(band.group.rsplit("_", 1)[1])
-            _, bands, _ = groups.setdefault(band.group, (source.source, [], res))
-            bands.append(key)
+        for key in table.choose(source.bands):
+            bands = found.setdefault(table.bands[key].group, {}).setdefault(source.source, [])
+            if key not in bands:
+                bands.append(key)
+    groups = []
+    for name, sources in found.items():
+        first, *others = sources
+        for other in others:
+            if sources[other] != sources[first]:
+                raise ConfigError(
+                    f"group {name} has other bands in {other} than in {first}",
+                    where="sources[].bands", allowed="the same bands in all sources of a group",
+                    fix="choose bands that both have, or give one a group of its own in its table",
+                )  # fmt: skip
+        table = load_source(first)
+        roles = {b: r for b in sources[first] if (r := role_of(first, b)) is not None}
+        groups.append(
+            Group(
+                name,
+                tuple(sources),
+                tuple(sources[first]),
+                10 * group_factor(name),
+                table.kind,
+                "dB" if table.kind == "sar" else table.unit,
+                table.static,
+                roles,
+            )
+        )
     return groups
 
 
-def _reasons(scenes: Sequence[Scene], tile: Tile, counts: npt.NDArray[np.uint8]) -> Bits:
-    """Why a pixel has no clear optical observation in any period: all reasons seen, else 0."""
-    bits = np.zeros(tile.geobox.shape, np.uint8)
-    if not scenes:  # nothing optical: radar and elevation see through clouds
-        return bits
-    for scene in scenes:
-        bits |= mask_on(tile.geobox, scene)
-    bits &= np.uint8(INVALID)
-    unseen = counts.sum(axis=0, dtype=np.int32) == 0
-    bits[unseen & (bits == 0)] = Reason.NODATA
-    bits[~unseen] = 0
-    return bits
+# --- what there is to do -------------------------------------------------------------------------
+
+
+def _layer(group: Group, campaign: Campaign, every: Sequence[Scene], near: set[str]) -> Layer:
+    """Steps of a group: periods, or all days of the campaign, the same for every tile."""
+    periods = campaign.cube.periods
+    mine = [s for s in every if s.item["source"] in group.sources]
+    here = [s for s in mine if s.item["id"] in near]
+    if group.static:
+        return Layer(group, (), (Unit("", here, {0: tuple(range(len(here)))}),))
+    of = {s.item["id"]: campaign.cube.period_of(s.day) for s in mine}
+    if campaign.cube.series == "composites":
+        steps = tuple(Step(p.name, _middle(p)) for p in periods)
+        units = []
+        for n, p in enumerate(periods):
+            scenes = [s for s in here if of[s.item["id"]] == p.name]
+            units.append(Unit(p.name, scenes, {n: tuple(range(len(scenes)))}))
+        return Layer(group, steps, tuple(units))
+    days = sorted({s.day for s in mine if of[s.item["id"]] is not None})
+    steps = tuple(Step(d.isoformat(), float(np.datetime64(d).astype(int))) for d in days)
+    return Layer(group, steps, tuple(_units_of_days(group, campaign, here, of, steps)))
+
+
+def _units_of_days(
+    group: Group, campaign: Campaign, here: Sequence[Scene], of: dict[Any, str | None],
+    steps: Sequence[Step],
+) -> list[Unit]:  # fmt: skip
+    """Days one by one; those of a period together where a filter needs all of them."""
+    together = group.kind == "sar" and campaign.cube.speckle == "multitemporal"
+    units = []
+    for period in campaign.cube.periods:
+        scenes = [s for s in here if of[s.item["id"]] == period.name]
+        at: dict[int, list[int]] = {}
+        for i, s in enumerate(scenes):
+            n = next(n for n, step in enumerate(steps) if step.name == s.day.isoformat())
+            at.setdefault(n, []).append(i)
+        if together:
+            units.append(Unit(period.name, scenes, {n: tuple(i) for n, i in at.items()}))
+            continue
+        units += [
+            Unit(period.name, [scenes[i] for i in members], {n: tuple(range(len(members)))})
+            for n, members in sorted(at.items())
+        ]
+    return units
+
+
+def _middle(period: Composite) -> float:
+    first, last = (np.datetime64(d).astype(int) for d in (period.start, period.end))
+    return float(first + last) / 2
+
+
+# --- digests -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: str, stamp: int, size: int) -> str:
+    """Digest of a mask; many tiles of a job ask for the same ones."""
+    del stamp, size
+    return sha256(path)
+
+
+def _mask_digest(path: Path) -> str:
+    stat = path.stat()
+    return _file_digest(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _scene_record(scene: Scene, bands: Sequence[str]) -> list[Any]:
+    return [
+        {k: scene.item.get(k) for k in _ITEM_KEYS},
+        {b: scene.item["assets"].get(b) for b in bands},
+        [(_mask_digest(path), band) for path, band in scene.masks],
+        None if scene.shift is None else (scene.shift.dy_px, scene.shift.dx_px),
+        None if scene.field is None else asdict(scene.field),
+    ]
+
+
+def _unit_digest(base: str, layer: Layer, unit: Unit) -> str:
+    group = layer.group
+    tables = [load_source(s) for s in group.sources]
+    return digest_json(
+        [base, group.record(), [(t.resampling, t.mask_resolution_m) for t in tables], unit.period,
+         {layer.steps[n].name if layer.steps else "": i for n, i in unit.steps.items()},
+         [_scene_record(s, group.bands) for s in unit.scenes]]
+    )  # fmt: skip
+
+
+def _masks_digest(base: str, period: Composite, scenes: Sequence[Scene]) -> str:
+    return digest_json([base, period.name, [_scene_record(s, ()) for s in scenes]])
+
+
+# --- build ---------------------------------------------------------------------------------------
 
 
 def build_tile(
@@ -187,114 +194,91 @@ def build_tile(
 ) -> dict[str, Any]:  # fmt: skip
     """Build one tile's cube and write it as one store; a finished one is left as it is.
 
+    Where an older store has a period of a group that nothing has changed for, it is taken from
+    there; the result is the same, byte by byte, as of a build from nothing.
+
     Args:
         tile: The tile.
         grid: Grid of the campaign.
         campaign: The campaign.
-        scenes: All used scenes of all sources.
+        scenes: All used scenes of all sources; only those that touch the tile are opened.
         path: Store to write (``.zip``).
         code: Digest of the code, so that a changed program rebuilds the tile.
 
     Returns:
         Summary: ``path``, ``digest`` of everything the tile depends on, ``clear_pct``.
+
+    Raises:
+        SceneError: An item cannot be read or has no coefficients for a wanted adjustment.
+        ConfigError: See :func:`cube_groups`.
     """
-    digest = digest_json(
-        [
-            code, tile.name, tile.geobox.affine[:6], list(tile.geobox.shape), str(tile.geobox.crs),
-            [s.model_dump(mode="json") for s in campaign.sources],
-            campaign.cube.model_dump(mode="json"),
-            [(s.item["assets"], str(s.item["datetime"]), [sha256(m) for m, _ in s.masks],
-              None if s.shift is None else (s.shift.dy_px, s.shift.dx_px)) for s in scenes],
-        ]
+    cube = campaign.cube
+    near = touching(scenes, tile.geobox)
+    ids = {s.item["id"] for s in near}
+    layers = [_layer(g, campaign, scenes, ids) for g in cube_groups(campaign)]
+    base = digest_json(
+        [code, tile.name, tile.geobox.affine[:6], list(tile.geobox.shape), str(tile.geobox.crs),
+         cube.model_dump(mode="json", exclude=_LATER)]
     )  # fmt: skip
-    if path.exists():
-        done = read_store(path)
-        if done.attrs.get("digest") == digest:
-            log.info("tile %s: finished before, kept", tile.name)
-            return {"path": path.as_posix(), "digest": digest, "clear_pct": done.attrs["clear_pct"]}
-    dataset = _assemble(tile, grid, campaign, scenes)
-    dataset.attrs["digest"] = digest
-    write_store(path, dataset)
-    return {"path": path.as_posix(), "digest": digest, "clear_pct": dataset.attrs["clear_pct"]}
+    optical = {
+        p.name: [s for s in near if s.masks and cube.period_of(s.day) == p.name]
+        for p in cube.periods
+    }
+    digests = {
+        "masks": {p.name: _masks_digest(base, p, optical[p.name]) for p in cube.periods},
+        **{
+            layer.group.name: {
+                layer.unit_name(u): _unit_digest(base, layer, u) for u in layer.units
+            }
+            for layer in layers
+        },
+    }
+    digest = digest_json(
+        [digests, grid.aoi.wkt, cube.model_dump(mode="json"),
+         {layer.group.name: [s.name for s in layer.steps] for layer in layers}]
+    )  # fmt: skip
+    done = open_arrays(path)
+    if done is not None and done.attrs.get("digest") == digest:
+        log.info("tile %s: finished before, kept", tile.name)
+        return {"path": path.as_posix(), "digest": digest, "clear_pct": done.attrs["clear_pct"]}
+    with TileStore(path, tile.geobox.crs) as store:
+        clear_pct = assemble(store, done, tile, grid, campaign, layers, optical, digests)
+        store.attrs.update(_attrs(tile, campaign, near, digests, digest, clear_pct))
+    return {"path": path.as_posix(), "digest": digest, "clear_pct": clear_pct}
 
 
-def _assemble(
-    tile: Tile, grid: CampaignGrid, campaign: Campaign, scenes: Sequence[Scene]
-) -> xr.Dataset:
-    periods = campaign.cube.periods
-    names = [p.name for p in periods]
-    by_source: dict[str, list[Scene]] = {}
-    for scene in scenes:
-        by_source.setdefault(str(scene.item["source"]), []).append(scene)
-    data: dict[str, Any] = {}
-    optical = [s for s in scenes if s.masks]
-    counts = np.zeros((len(periods), *tile.geobox.shape), np.uint8)
-    for p, period in enumerate(names):
-        for scene in (s for s in optical if period_of(s.day, periods) == period):
-            counts[p] += (mask_on(tile.geobox, scene) & INVALID) == 0
-    for group, (source, bands, res) in _groups(campaign).items():
-        kind = load_source(source).kind
-        geobox = coarsen(tile.geobox, res // round(grid.resolution_m))
-        dims = (f"band_{group}", f"y_{res}", f"x_{res}")
-        if kind == "dem":
-            values = _composite(by_source.get(source, []), bands, geobox, kind)
-            data[group] = (dims, values)
-            continue
-        mine = by_source.get(source, [])
-        stack = [
-            _composite(
-                [s for s in mine if period_of(s.day, periods) == period],
-                bands, geobox, kind,
-            )
-            for period in names
-        ]  # fmt: skip
-        data[group] = (("period", *dims), np.stack(stack))
-    data["clear_count"] = (("period", "y_10", "x_10"), counts)
-    reasons = _reasons(optical, tile, counts)
-    reasons[~_inside(tile.geobox, grid)] |= np.uint8(Reason.NODATA)
-    data["reasons"] = (("y_10", "x_10"), reasons)
-    return _dataset(data, tile, names, campaign)
-
-
-def _inside(geobox: GeoBox, grid: CampaignGrid) -> npt.NDArray[np.bool_]:
-    from rasterio.features import geometry_mask
-
-    inside: npt.NDArray[np.bool_] = geometry_mask(
-        [grid.aoi], out_shape=geobox.shape, transform=geobox.affine, invert=True
-    )
-    return inside
-
-
-def _dataset(
-    data: dict[str, Any], tile: Tile, periods: list[str], campaign: Campaign
-) -> xr.Dataset:
-    coords: dict[str, Any] = {"period": periods}
-    for group, (_, bands, res) in _groups(campaign).items():
-        coords[f"band_{group}"] = bands
-        affine = coarsen(tile.geobox, res // 10).affine
-        h, w = (s * 10 // res for s in tile.geobox.shape)
-        coords[f"y_{res}"] = affine.f + (np.arange(h) + 0.5) * affine.e
-        coords[f"x_{res}"] = affine.c + (np.arange(w) + 0.5) * affine.a
-    reasons = data["reasons"][1]
-    attrs = {
+def _attrs(
+    tile: Tile, campaign: Campaign, near: Sequence[Scene], digests: dict[str, Any], digest: str,
+    clear_pct: float,
+) -> dict[str, Any]:  # fmt: skip
+    cube = campaign.cube
+    unknown = {
+        str(s.item["id"]): why
+        for s in near
+        if cube.brdf != "none" and load_source(str(s.item["source"])).kind == "optical"
+        and (why := view_unknown(s.item)) is not None
+    }  # fmt: skip
+    return {
         "tile": tile.name,
         "crs": str(tile.geobox.crs),
         "transform": [float(v) for v in tile.geobox.affine[:6]],
         "shape": list(tile.geobox.shape),
-        "clear_pct": round(100 * float(np.mean(reasons == 0)), 3),
+        "clear_pct": clear_pct,
+        "settings": json.dumps(cube.model_dump(mode="json", exclude={"periods"}), sort_keys=True),
+        "brdf_not_applied": json.dumps(unknown, sort_keys=True),
+        "digests": json.dumps(digests, sort_keys=True),
+        "digest": digest,
     }
-    dataset = xr.Dataset(data, coords=coords, attrs=attrs)
-    for name, array in dataset.data_vars.items():
-        if str(name).startswith("s2"):
-            array.encoding = {
-                "dtype": "uint16", "scale_factor": _SCALE, "add_offset": _OFFSET,
-                "_FillValue": _FILL,
-            }  # fmt: skip
-    return dataset
+
+
+# --- use -----------------------------------------------------------------------------------------
 
 
 def cube_inputs(dataset: xr.Dataset) -> dict[str, Float]:
-    """Inputs of the networks: per group (C, h, w) float32, C = periods x bands, NaN = missing."""
+    """Inputs of the networks: per group (C, h, w) float32, NaN = missing.
+
+    C is periods x bands, or dates x bands, in the order of :func:`channel_names`.
+    """
     inputs: dict[str, Float] = {}
     for group in _input_groups(dataset):
         values = dataset[group].to_numpy().astype(np.float32)
@@ -303,17 +287,19 @@ def cube_inputs(dataset: xr.Dataset) -> dict[str, Float]:
 
 
 def channel_names(dataset: xr.Dataset) -> dict[str, list[str]]:
-    """Names ``period/band`` (or ``band`` of a static layer) of the channels of each group."""
+    """Names ``period/band``, ``date/band`` or ``band`` (static) of the channels of each group."""
     names: dict[str, list[str]] = {}
     for group in _input_groups(dataset):
         bands = [str(b) for b in dataset[f"band_{group}"].to_numpy()]
-        if "period" in dataset[group].dims:
-            periods = [str(p) for p in dataset["period"].to_numpy()]
-            names[group] = [f"{p}/{b}" for p in periods for b in bands]
-        else:
+        over = str(dataset[group].dims[0])
+        if over == f"band_{group}":
             names[group] = bands
+            continue
+        steps = [str(s)[:10] if over != "period" else str(s) for s in dataset[over].to_numpy()]
+        names[group] = [f"{s}/{b}" for s in steps for b in bands]
     return names
 
 
 def _input_groups(dataset: xr.Dataset) -> list[str]:
-    return [str(v) for v in dataset.data_vars if f"band_{v}" in dataset.coords]
+    """Groups of bands in a store, finest first; the order of the store's files does not matter."""
+    return group_order(str(v) for v in dataset.data_vars if f"band_{v}" in dataset.coords)

@@ -1,10 +1,11 @@
 """Reasons per pixel: clouds, their edges and shadows, snow, water, saturation, no data.
 
-Clouds come from :mod:`terraloom.preprocess.clouds`, shadows from
-:mod:`terraloom.preprocess.shadows`; here they become one mask per scene (:func:`mask_scene`) or
-per series of scenes on one grid (:func:`mask_series`), where the other dates tell what clear sky
-looks like. Reflectance is 0-1, NaN is missing. Lengths are metres: nothing depends on the pixel
-size of the source.
+Clouds come from the product's own layer (:mod:`terraloom.preprocess.layers`), from
+:mod:`terraloom.preprocess.clouds` or from a network; shadows from those or from
+:mod:`terraloom.preprocess.shadows`. Here they become one mask per scene (:func:`mask_scene`) or per
+series of scenes on one grid (:func:`mask_series`), where the other dates tell what clear sky looks
+like. Bands are named by the part they play, as Sentinel-2 names them. Reflectance is 0-1, NaN is
+missing. Lengths are metres: nothing depends on the pixel size of the source.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from terraloom.errors import SceneError
 from terraloom.preprocess.clouds import (
     MIN_DATES,
     S2CLOUDLESS_BANDS,
+    SPECTRAL_BANDS,
     MaskMethod,
     clear_background,
     cloud_probability,
@@ -30,19 +32,22 @@ from terraloom.preprocess.clouds import (
     temporal_shadow,
     water_mask,
 )
+from terraloom.preprocess.csmask import CSMASK_BANDS, Level, csmask_classes
+from terraloom.preprocess.omnicloud import OMNICLOUD_BANDS, omnicloud_classes
 from terraloom.preprocess.reasons import INVALID, Reason
 from terraloom.preprocess.shadows import cast_shadow, darkness, local_median
 
 __all__ = [
     "BACKGROUND_BANDS",
+    "METHOD_BANDS",
     "S2CLOUDLESS_BANDS",
     "MaskMethod",
+    "add_edge",
     "clear_background",
     "cloud_probability",
     "dilate",
     "mask_scene",
     "mask_series",
-    "scl_reasons",
     "snow_mask",
     "temporal_cloud",
     "temporal_shadow",
@@ -55,16 +60,14 @@ Bands = Mapping[str, npt.NDArray[Any]]
 
 #: Bands whose clear-sky values serve the temporal tests.
 BACKGROUND_BANDS = ("B02", "B04", "B08", "B11")
-#: Scene classes of Sentinel-2 L2A (SCL): class to reason; absent classes are clear.
-_SCL_REASONS = {
-    0: Reason.NODATA,
-    1: Reason.SATURATED,
-    3: Reason.SHADOW,
-    6: Reason.WATER,
-    8: Reason.CLOUD,
-    9: Reason.CLOUD,
-    10: Reason.CLOUD,
-    11: Reason.SNOW,
+#: Bands of each method: those it cannot do without, and those it uses where they are there.
+METHOD_BANDS: dict[MaskMethod, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    MaskMethod.LAYER: ((), ("B03", "B08", "B11")),
+    MaskMethod.SPECTRAL: (SPECTRAL_BANDS, ("B10", "B12")),
+    MaskMethod.S2CLOUDLESS: (S2CLOUDLESS_BANDS, ("B03",)),
+    MaskMethod.CSMASK: (CSMASK_BANDS, ()),
+    MaskMethod.OMNICLOUDMASK: (OMNICLOUD_BANDS, ("B11", "B12")),
+    MaskMethod.NONE: ((), ("B02", "B03", "B04", "B08", "B11", "B12")),
 }
 #: A reflectance no natural surface reaches outside glint and saturation.
 _SATURATED = 1.5
@@ -94,31 +97,6 @@ def dilate(mask: BoolArray, distance_m: float, resolution_m: float) -> BoolArray
     return reach
 
 
-def scl_reasons(scl: npt.NDArray[Any], *, drop_dark: bool = False) -> npt.NDArray[np.uint8]:
-    """Reasons of the scene classification layer of Sentinel-2 L2A.
-
-    Args:
-        scl: (H, W) integer classes 0-11.
-        drop_dark: Take class 2 (dark area or cast shadow) as shadow; class 7 (unclassified)
-            stays clear.
-
-    Raises:
-        SceneError: A class outside 0-11.
-    """
-    codes = np.asarray(scl)
-    if codes.size and (codes.min() < 0 or codes.max() > 11):
-        raise SceneError(
-            f"classes {int(codes.min())}..{int(codes.max())}", where="SCL", allowed="0 to 11"
-        )
-    table = np.zeros(12, dtype=np.uint8)
-    for code, reason in _SCL_REASONS.items():
-        table[code] = int(reason)
-    if drop_dark:
-        table[2] = int(Reason.SHADOW)
-    out: npt.NDArray[np.uint8] = table[codes.astype(np.intp)]
-    return out
-
-
 def mask_scene(
     bands: Bands,
     *,
@@ -130,12 +108,15 @@ def mask_scene(
     sun_elevation_deg: float | None = None,
     background: Bands | None = None,
     shadow: bool = True,
+    layer: npt.NDArray[np.uint8] | None = None,
+    layer_has_shadow: bool = True,
+    level: Level = "l2a",
 ) -> npt.NDArray[np.uint8]:
     """Reasons of one scene.
 
     Args:
-        bands: (H, W) reflectance 0-1 by band key on one grid, NaN missing; ``"SCL"`` for method
-            ``scl``. Rows run south, columns east.
+        bands: (H, W) reflectance 0-1 by band on one grid, NaN missing; see :data:`METHOD_BANDS`.
+            Rows run south, columns east.
         method: How clouds are found.
         resolution_m: Pixel size of the grid.
         cloud_threshold: Probability above which a pixel is cloud.
@@ -144,51 +125,85 @@ def mask_scene(
         sun_elevation_deg: Sun elevation above the horizon.
         background: (H, W) clear-sky reflectance of :data:`BACKGROUND_BANDS` from other dates
             (:func:`clear_background`), NaN unknown.
-        shadow: Search shadows.
+        shadow: Find shadows; False also leaves out those that a layer or a network knows.
+        layer: (H, W) reasons of the product's layers, for method ``layer``.
+        layer_has_shadow: The layer tells shadows; False: they are searched from the sun.
+        level: Processing level of the reflectance, for method ``csmask``.
 
     Returns:
         (H, W) uint8 of :class:`~terraloom.preprocess.reasons.Reason` bits; 0 is clear.
 
     Raises:
-        SceneError: Bands are absent or differ in shape, or the sun is below the horizon.
+        SceneError: Bands or the layer are absent or differ in shape, or the sun is below the
+            horizon.
     """
     method = MaskMethod(method)
-    if method is MaskMethod.SCL:
-        out = scl_reasons(np.asarray(bands["SCL"])) if "SCL" in bands else _no_scl(bands)
-        return _add_edge(out, dilation_m, resolution_m)
-    reflectance = {b: np.asarray(v, dtype=np.float32) for b, v in bands.items() if b != "SCL"}
+    if method is MaskMethod.LAYER:
+        out, shaded = _need_layer(layer), layer_has_shadow
+    else:
+        out, shaded = _from_bands(
+            bands, method, resolution_m, cloud_threshold, background, level
+        )  # fmt: skip
+    if not shadow:
+        out &= np.uint8(255 - int(Reason.SHADOW))
+    elif not shaded and sun_azimuth_deg is not None and sun_elevation_deg is not None:
+        sun = (sun_azimuth_deg, sun_elevation_deg)
+        out[_shade(bands, out, sun, resolution_m, background)] |= int(Reason.SHADOW)
+    return add_edge(out, dilation_m, resolution_m)
+
+
+def _need_layer(layer: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
+    if layer is None:
+        raise SceneError(
+            "the product has no layer of clouds",
+            where="masks.methods layer",
+            fix="choose masks.methods auto or spectral, or name the layer in the source table",
+        )
+    return layer.copy()
+
+
+def _from_bands(
+    bands: Bands,
+    method: MaskMethod,
+    resolution_m: float,
+    threshold: float,
+    background: Bands | None,
+    level: Level,
+) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Reasons without the edge, and whether shadows are among them."""
+    reflectance = {b: np.asarray(v, dtype=np.float32) for b, v in bands.items()}
     valid = np.logical_and.reduce([np.isfinite(v) for v in reflectance.values()])
-    cloud, snow = _cloud_and_snow(reflectance, method, cloud_threshold, resolution_m, background)
-    cloud &= valid
-    water = water_mask(reflectance) & ~cloud
-    snow &= valid & ~cloud
+    shade = np.zeros(valid.shape, dtype=bool)
+    snow = np.zeros(valid.shape, dtype=bool)
+    if method is MaskMethod.NONE:
+        cloud = shade
+    elif method is MaskMethod.CSMASK:
+        classes = csmask_classes(reflectance, level=level)
+        cloud, shade = classes == 1, classes == 2
+    elif method is MaskMethod.OMNICLOUDMASK:
+        classes = omnicloud_classes(reflectance)
+        cloud, shade = (classes == 1) | (classes == 2), classes == 3
+    else:
+        cloud, snow = _cloud_and_snow(reflectance, method, threshold, resolution_m, background)
+    if method in (MaskMethod.CSMASK, MaskMethod.OMNICLOUDMASK):
+        snow = snow_mask(reflectance)
+    cloud = cloud & valid
     out = np.zeros(valid.shape, dtype=np.uint8)
     out[~valid] |= int(Reason.NODATA)
     out[cloud] |= int(Reason.CLOUD)
-    out[snow] |= int(Reason.SNOW)
-    out[water] |= int(Reason.WATER)
+    out[snow & valid & ~cloud] |= int(Reason.SNOW)
+    out[water_mask(reflectance) & ~cloud] |= int(Reason.WATER)
     bright = np.logical_or.reduce([v > _SATURATED for v in reflectance.values()])
     out[bright & ~cloud] |= int(Reason.SATURATED)
-    if shadow and sun_azimuth_deg is not None and sun_elevation_deg is not None and cloud.any():
-        shade = _shade(
-            reflectance, cloud, snow, water, valid,
-            (sun_azimuth_deg, sun_elevation_deg), resolution_m, background,
-        )  # fmt: skip
-        out[shade] |= int(Reason.SHADOW)
-    return _add_edge(out, dilation_m, resolution_m)
+    out[shade & valid & ~cloud] |= int(Reason.SHADOW)
+    return out, method not in (MaskMethod.SPECTRAL, MaskMethod.S2CLOUDLESS)
 
 
-def _no_scl(bands: Bands) -> npt.NDArray[np.uint8]:
-    raise SceneError(
-        f"no layer SCL among {', '.join(sorted(bands))}",
-        where="masks.method scl",
-        fix="choose masks.method spectral, or a source with the scene classification layer",
-    )
-
-
-def _add_edge(
-    out: npt.NDArray[np.uint8], dilation_m: float, resolution_m: float
+def add_edge(
+    reasons: npt.NDArray[np.uint8], dilation_m: float, resolution_m: float
 ) -> npt.NDArray[np.uint8]:
+    """The same reasons with an edge of ``dilation_m`` around clouds; not on missing pixels."""
+    out = reasons.copy()
     cloud = (out & int(Reason.CLOUD)) != 0
     edge = dilate(cloud, dilation_m, resolution_m) & ~cloud & ((out & int(Reason.NODATA)) == 0)
     out[edge] |= int(Reason.CLOUD_EDGE)
@@ -331,21 +346,25 @@ def _hysteresis(probability: F32, low: float, high: float) -> BoolArray:
 
 def _shade(
     bands: Bands,
-    cloud: BoolArray,
-    snow: BoolArray,
-    water: BoolArray,
-    valid: BoolArray,
+    found: npt.NDArray[np.uint8],
     sun: tuple[float, float],
     resolution_m: float,
     background: Bands | None,
 ) -> BoolArray:
     """Shadow: dark in the near and short-wave infrared where a cloud's shadow can fall."""
+    cloud, snow, water, missing = (
+        (found & int(bit)) != 0 for bit in (Reason.CLOUD, Reason.SNOW, Reason.WATER, Reason.NODATA)
+    )
+    valid = ~missing
+    if not cloud.any():
+        return np.zeros(valid.shape, dtype=bool)
     clear = valid & ~cloud & ~water & ~snow
     known = np.zeros(valid.shape, dtype=bool)
     parts = []
     for band in ("B08", "B11"):
         if band not in bands:
             continue
+        valid = valid & np.isfinite(bands[band])
         usual = None if background is None else background.get(band)
         if usual is not None:
             usual = usual * _season(np.asarray(bands[band]), usual, clear)
@@ -364,7 +383,8 @@ def _shade(
         border_threshold=None if temporal else _DARK_BORDER,
         swath_threshold=_DARK_SWATH_TEMPORAL if temporal else None,
     )  # fmt: skip
-    return result.mask & ~snow
+    mask: BoolArray = result.mask & ~snow
+    return mask
 
 
 def _season(band: npt.NDArray[Any], usual: npt.NDArray[Any], clear: BoolArray) -> float:
@@ -391,15 +411,17 @@ def mask_series(
     dilation_m: float = 40.0,
     shadow: bool = True,
     passes: int = 2,
+    wanted: Sequence[int] | None = None,
+    level: Level = "l2a",
 ) -> list[npt.NDArray[np.uint8]]:
-    """Reasons of all scenes of one source on one grid, each told by the others.
+    """Reasons of scenes of one source on one grid, each told by the others.
 
     A first pass masks the scenes one by one; the clear-sky medians of the rest then serve as
     background. With fewer than 4 scenes, or methods that need no background, one pass is made.
 
     Args:
         scenes: T mappings of band to (H, W) reflectance, NaN missing.
-        method: How clouds are found.
+        method: How clouds are found, not ``layer``.
         resolution_m: Pixel size.
         sun: Per scene (azimuth, elevation) in degrees; None: no shadow search.
         days: (T,) day numbers: the nearest dates serve as background.
@@ -407,39 +429,54 @@ def mask_series(
         dilation_m: Width of the edge around clouds.
         shadow: Search shadows.
         passes: Rounds with background.
+        wanted: Scenes whose masks are asked for; the others only help. Default: all.
+        level: Processing level of the reflectance.
 
     Returns:
-        T arrays (H, W) uint8.
+        Arrays (H, W) uint8 of the wanted scenes, in their order.
     """
+    method, own = MaskMethod(method), list(range(len(scenes)) if wanted is None else wanted)
 
     def one(i: int, background: Bands | None) -> npt.NDArray[np.uint8]:
         angles = sun[i] or (None, None)
         return mask_scene(
             scenes[i], method=method, resolution_m=resolution_m, background=background,
-            cloud_threshold=cloud_threshold, dilation_m=dilation_m, shadow=shadow,
+            cloud_threshold=cloud_threshold, dilation_m=dilation_m, shadow=shadow, level=level,
             sun_azimuth_deg=angles[0], sun_elevation_deg=angles[1],
         )  # fmt: skip
 
-    masks = [one(i, None) for i in range(len(scenes))]
     names = [b for b in BACKGROUND_BANDS if all(b in s for s in scenes)]
-    if len(scenes) < MIN_DATES or MaskMethod(method) is not MaskMethod.SPECTRAL or not names:
-        return masks
-    stacks = {b: np.stack([np.asarray(s[b], dtype=np.float32) for s in scenes]) for b in names}
+    if len(scenes) < MIN_DATES or method is not MaskMethod.SPECTRAL or not names:
+        return [one(i, None) for i in own]
+    stacks = {b: [np.asarray(s[b]) for s in scenes] for b in names}
     when = None if days is None else np.asarray(days, dtype=float)
-    invalid = np.stack(masks) & np.uint8(int(INVALID)) != 0
+    masks = np.stack([one(i, None) for i in range(len(scenes))])
+    invalid = (masks & np.uint8(int(INVALID))) != 0
     if {"B02", "B04"} <= set(names):
         # Bright roofs and sand look like cloud on every single date, but never stand out.
-        changed = temporal_cloud(stacks["B02"], stacks["B04"], threshold=0.015)
-        others = INVALID & ~(Reason.CLOUD | Reason.CLOUD_EDGE)
-        steady = np.stack(masks) & np.uint8(int(others)) == 0
-        invalid &= changed | ~steady
-    for _ in range(passes):
-        masks = [
+        invalid &= _unsteady(stacks["B02"], stacks["B04"], masks)
+    found = [masks[i] for i in own]
+    for left in reversed(range(passes)):
+        which = range(len(scenes)) if left else own
+        found = [
             one(
                 i,
                 {b: clear_background(s, invalid, exclude=i, days=when) for b, s in stacks.items()},
             )
-            for i in range(len(scenes))
+            for i in which
         ]
-        invalid = np.stack(masks) & np.uint8(int(INVALID)) != 0
-    return masks
+        if left:
+            invalid = (np.stack(found) & np.uint8(int(INVALID))) != 0
+    return found
+
+
+def _unsteady(
+    blue: Sequence[npt.NDArray[Any]],
+    red: Sequence[npt.NDArray[Any]],
+    masks: npt.NDArray[np.uint8],
+) -> BoolArray:
+    """(T, H, W) bool: pixels that stand out in time, or that are bad for another reason."""
+    changed = temporal_cloud(np.stack(blue), np.stack(red), threshold=0.015)
+    others = INVALID & ~(Reason.CLOUD | Reason.CLOUD_EDGE)
+    out: BoolArray = changed | ((masks & np.uint8(int(others))) != 0)
+    return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,12 @@ def _projection(geobox: GeoBox) -> dict[str, Any]:
 
 
 def _assets(root: Path, campaign: Campaign, record: Any, where: Path) -> dict[str, pystac.Asset]:
-    legend = provenance.need(record, "legend", where)
+    provenance.need(record, "legend", where)
     products = provenance.need(record, "products", where)
     assets = {}
     for key, entry in sorted(products.items()):
         file = str(entry["file"] if isinstance(entry, Mapping) else entry)
-        assets[str(key)] = _product(root, campaign, legend, str(key), Path(file).name, entry)
+        assets[str(key)] = _product(root, campaign, record, str(key), Path(file).name, entry)
     if (root / "map" / "class_map.qml").is_file():
         assets["class_map_style"] = _plain(
             "class_map.qml", "QGIS style of the class map", "text/xml", ["style"]
@@ -183,8 +183,7 @@ def _plain(file: str, title: str, media_type: str, roles: list[str]) -> pystac.A
 
 
 def _product(
-    root: Path, campaign: Campaign, legend: Iterable[Mapping[str, Any]], key: str, file: str,
-    entry: Any,
+    root: Path, campaign: Campaign, record: Mapping[str, Any], key: str, file: str, entry: Any
 ) -> pystac.Asset:  # fmt: skip
     path = root / "map" / file
     if not path.is_file():
@@ -192,7 +191,7 @@ def _product(
             f"the product `{key}` of map.json is missing", where=path.as_posix(),
             fix="run the map stage",
         )  # fmt: skip
-    title, roles, fields = _description(campaign, list(legend), Path(file).stem)
+    title, roles, fields = _description(campaign, record, Path(file).stem)
     digest = entry.get("sha256") if isinstance(entry, Mapping) else None
     fields["file:size"] = path.stat().st_size
     fields["file:checksum"] = _SHA256_PREFIX + str(digest or sha256(path))
@@ -201,9 +200,10 @@ def _product(
 
 
 def _description(
-    campaign: Campaign, legend: list[Mapping[str, Any]], stem: str
+    campaign: Campaign, record: Mapping[str, Any], stem: str
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Title, roles and extra fields of a product by its file name."""
+    legend = list(record["legend"])
     if stem == "class_map":
         fields = _bands([_band("class", "uint8", 0)])
         fields["classification:classes"] = _classes(legend)
@@ -226,10 +226,23 @@ def _description(
         fields["classification:bitfields"] = _bitfields()
         return "Why pixels have no class", ["data-mask", "metadata"], fields
     if stem == "image":
-        bands = [_band(n, "uint8", None) for n in ("red", "green", "blue")]
-        return "Image of the last period", ["visual", "overview"], _bands(bands)
+        return _image(record.get("image") or {})
     task = next((t for t in campaign.tasks if t.name == stem), None)
     return _task(task) if task else (stem.replace("_", " ").capitalize(), ["data"], {})
+
+
+def _image(image: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """The picture: what each of its three colours shows stands in ``map.json``."""
+    shown = list(image.get("bands") or ("", "", ""))
+    group = str(image.get("group") or "")
+    bands = [
+        _band(n, "uint8", 0, description=f"{group} {b}".strip())
+        for n, b in zip(("red", "green", "blue"), shown, strict=True)
+    ]
+    title = {"false-colour": "False-colour image", "grey": "Image in grey"}.get(
+        str(image.get("kind")), "Image"
+    )
+    return f"{title} of the last period", ["visual", "overview"], _bands(bands)
 
 
 def _task(task: Task) -> tuple[str, list[str], dict[str, Any]]:

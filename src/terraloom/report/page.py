@@ -22,6 +22,7 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
 from terraloom.report import facts, figures, formats, panels, provenance, scores
+from terraloom.report.scenes import scene_section
 
 __all__ = ["build_report"]
 
@@ -103,6 +104,7 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
         "summary": _summary(campaign, record, place, areas, skill, rows),
         "map": panels.map_panel(root, record, place),
         "areas": areas,
+        "scene_facts": scene_section(root, items),
         "area_chart": _area_chart(areas),
         "uncertainty": panels.uncertainty(root, len(legend)),
         "layers": panels.task_layers(root, campaign),
@@ -126,6 +128,7 @@ def _nav(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("layers", "Other layers", bool(context["layers"])),
         ("skill", "Model skill", True),
         ("data", "Data", True),
+        ("scenes", "Scenes", True),
         ("labels", "Labels", bool(context["labels"])),
         ("score", "Scoreboard", bool(context["scoreboard"])),
         ("notes", "Reading the numbers", True),

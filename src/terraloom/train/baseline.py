@@ -8,10 +8,11 @@ import xarray as xr
 from sklearn.ensemble import RandomForestClassifier
 
 from terraloom.errors import FoldError
-from terraloom.models.fusion import MODALITY_FACTOR
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.preprocess.groups import group_factor
 from terraloom.train.fit import HeldOut
+from terraloom.train.windows import modalities_of
 
 __all__ = ["pixel_forest", "pixels_at_10m"]
 
@@ -20,7 +21,7 @@ _INVALID = -9999.0
 
 
 def pixels_at_10m(chips: xr.Dataset, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """All bands of single pixels; 20 m and 60 m bands take the value of their pixel.
+    """All bands of single pixels; coarser bands take the value of the pixel they fill.
 
     Args:
         chips: ``x_<modality>`` (N, C, h, w).
@@ -31,11 +32,8 @@ def pixels_at_10m(chips: xr.Dataset, index: npt.NDArray[np.int64]) -> npt.NDArra
     """
     n, h, w = chips["fold"].shape
     chip, row, col = np.unravel_index(index, (n, h, w))
-    parts = [
-        chips[f"x_{g}"].values[chip, :, row // f, col // f]
-        for g, f in MODALITY_FACTOR.items()
-        if f"x_{g}" in chips
-    ]
+    factors = {g: group_factor(g) for g in modalities_of(chips)}
+    parts = [chips[f"x_{g}"].values[chip, :, row // f, col // f] for g, f in factors.items()]
     return np.nan_to_num(np.concatenate(parts, 1).astype(np.float32), nan=_INVALID)
 
 

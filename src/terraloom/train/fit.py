@@ -23,8 +23,8 @@ from terraloom.train.windows import (
     Sampler,
     inputs_of,
     labels_of,
-    modalities_of,
     normalisation_of,
+    spec_of,
 )
 
 __all__ = [
@@ -144,10 +144,9 @@ def fit_member(
     keep = (fold != held_out_fold) & (fold != IGNORE)
     y, w = labels_of(chips, tasks, keep, erode_px=settings.erode_px)
     scaled = tuple(_scaled(t, y[t.name], w.get(t.name)) for t in tasks)
-    spec = FusionSpec(
-        modalities_of(chips), scaled, width=settings.width, depth=settings.depth,
-        convs=settings.convs, indices=settings.indices, dropout=settings.dropout,
-        widths=settings.widths,
+    spec = spec_of(
+        chips, scaled, width=settings.width, depth=settings.depth, convs=settings.convs,
+        indices=settings.indices, dropout=settings.dropout, widths=settings.widths,
     )  # fmt: skip
     stream = np.random.SeedSequence([seed, held_out_fold, member]).generate_state(2, np.uint64)
     # Initial weights and dropout draw from torch's global stream: it is forked, so that neither
@@ -162,6 +161,7 @@ def fit_member(
             augmentation=settings.augmentation,
             generator=torch.Generator().manual_seed(int(stream[1] >> 1)),
         )  # fmt: skip
+        sampler.start_reduction(net, keep)
         loss = MultiTaskLoss(scaled, _weights(scaled, y, settings.class_power), settings.loss)
         state, history = _train(net, sampler, loss, settings)
     return FitResult(state, spec, normalisation, history, held_out_fold, member, seed, settings)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from terraloom.errors import FoldError, ModelError
-from terraloom.models.fusion import MODALITY_FACTOR, FusionNet, FusionSpec, Normalisation
+from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.preprocess.groups import GroupFacts, group_factor, group_facts, group_order
 
 __all__ = [
     "Augmentation",
@@ -25,9 +27,10 @@ __all__ = [
     "labels_of",
     "modalities_of",
     "normalisation_of",
+    "spec_of",
 ]
 
-#: Crop origins are multiples of this, so that 10, 20 and 60 m pixels are cut on their edges.
+#: Crop origins are multiples of this and of all pixel sizes: pixels are cut on their edges.
 _LATTICE_PX = 6
 
 
@@ -51,22 +54,57 @@ class Augmentation:
     flips: bool = True
 
 
+def _groups_of(chips: xr.Dataset) -> list[str]:
+    return group_order(
+        str(v)[2:] for v in chips.variables if str(v).startswith("x_") and chips[v].ndim == 4
+    )
+
+
 def modalities_of(chips: xr.Dataset) -> dict[str, tuple[str, ...]]:
     """Channel names per modality of a chips dataset."""
-    found = {g: chips[f"x_{g}"] for g in MODALITY_FACTOR if f"x_{g}" in chips}
-    if not found:
+    groups = _groups_of(chips)
+    if not groups:
         raise ModelError(
-            "chips without inputs", allowed=", ".join(f"x_{g}" for g in MODALITY_FACTOR)
-        )
+            "chips without inputs", allowed="variables x_<group>, (N, C, h, w)",
+            fix="cut the chips again",
+        )  # fmt: skip
     out: dict[str, tuple[str, ...]] = {}
-    for g, x in found.items():
+    for g in groups:
         names = chips.coords.get(f"channel_{g}")
         out[g] = (
-            tuple(f"c{i}" for i in range(x.shape[1]))
+            tuple(f"c{i}" for i in range(chips[f"x_{g}"].shape[1]))
             if names is None
             else tuple(str(n) for n in names.values)
         )
     return out
+
+
+def spec_of(chips: xr.Dataset, tasks: Sequence[TaskSpec], **settings: Any) -> FusionSpec:
+    """The network that fits chips: channels, spectral roles and signs of their modalities.
+
+    Args:
+        chips: The chips; attributes of ``x_<group>`` as in
+            :func:`terraloom.preprocess.groups.group_facts`.
+        tasks: What the heads predict.
+        settings: Further fields of :class:`FusionSpec`, such as ``width``.
+    """
+    channels = modalities_of(chips)
+    facts = {g: _facts(chips, g) for g in channels}
+    signed = {g: _signed(chips, g, channels[g]) for g in channels if facts[g].unit == "power"}
+    return FusionSpec(
+        channels, tuple(tasks), roles={g: f.roles for g, f in facts.items() if f.roles},
+        signed={g: names for g, names in signed.items() if names}, **settings,
+    )  # fmt: skip
+
+
+def _facts(chips: xr.Dataset, group: str) -> GroupFacts:
+    return group_facts(group, chips[f"x_{group}"].attrs)
+
+
+def _signed(chips: xr.Dataset, group: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Channels with negative values: no power, like the off-diagonal elements of PolSAR."""
+    values = chips[f"x_{group}"].values
+    return tuple(n for i, n in enumerate(names) if bool((values[:, i] < 0).any()))
 
 
 def inputs_of(chips: xr.Dataset, at: slice | Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -74,8 +112,7 @@ def inputs_of(chips: xr.Dataset, at: slice | Sequence[int] | None = None) -> dic
     rows = slice(None) if at is None else at
     return {
         g: torch.from_numpy(np.ascontiguousarray(chips[f"x_{g}"].values[rows], dtype=np.float32))
-        for g in MODALITY_FACTOR
-        if f"x_{g}" in chips
+        for g in _groups_of(chips)
     }
 
 
@@ -95,15 +132,15 @@ def normalisation_of(
 ) -> dict[str, Normalisation]:
     """Centre and spread of each feature over valid pixels outside the held-out fold.
 
-    Linear Sentinel-1 power (all values >= 0) is recognised and turned into decibels. A feature
-    without a valid value gets centre 0 and spread 1; a constant one spread 1.
+    Modalities whose unit is linear ``power`` are turned into decibels. A feature without a valid
+    value gets centre 0 and spread 1; a constant one spread 1.
     """
     fold = np.asarray(chips["fold"].values, dtype=np.uint8)
-    plain = FusionNet(FusionSpec(spec.channels, spec.tasks, indices=spec.indices, width=4, depth=2))
+    plain = FusionNet(replace(spec, width=4, depth=2, widths=()))
     out: dict[str, Normalisation] = {}
     for g, x in inputs_of(chips).items():
-        keep = torch.from_numpy(~_held_out(fold, held_out_fold, MODALITY_FACTOR[g]))
-        decibel = g == "s1_10" and not bool((x < 0).any())
+        keep = torch.from_numpy(~_held_out(fold, held_out_fold, group_factor(g)))
+        decibel = _facts(chips, g).unit == "power"
         plain.set_decibel(g, decibel)
         mean, std = [], []
         for f in plain.features(g, x).unbind(1):
@@ -180,7 +217,7 @@ class Sampler:
         chips: The chips.
         y: Labels per task with held-out pixels already removed.
         w: Pixel weights per task, where given.
-        crop_px: Height and width of a crop; at most the chip's, a multiple of the stride.
+        crop_px: Height and width of a crop, rounded up to whole strides; at most the chip's.
         class_power: A class is drawn with probability proportional to frequency^power.
         augmentation: Random changes.
         generator: Source of randomness.
@@ -206,10 +243,13 @@ class Sampler:
         self._y, self._w = dict(y), dict(w)
         first = next(iter(self._y.values()))
         self._shape = tuple(first.shape)
+        # With coarse modalities the stride is up to 48: the usual crop of 72 px becomes 96.
+        crop_px = math.ceil(crop_px / net.stride_px) * net.stride_px
         self.crop_px = min(crop_px, self._shape[1], self._shape[2])
         if self.crop_px % net.stride_px:
-            raise ModelError(f"crop of {self.crop_px} px", where="crop_px",
+            raise ModelError(f"chips of {self.crop_px} px", where="chips.size_px",
                              allowed=f"multiples of {net.stride_px}")  # fmt: skip
+        self._lattice = math.lcm(_LATTICE_PX, *self._x)
         self._aug, self._gen = augmentation, generator
         self._pools = self._pools_of(class_power)
         if not self._pools:
@@ -243,6 +283,41 @@ class Sampler:
         area = self._shape[1] * self._shape[2] / self.crop_px**2
         return max(1, round(int(hit.sum()) * area))
 
+    def start_reduction(self, net: FusionNet, keep: npt.NDArray[np.bool_]) -> None:
+        """Let the reductions of large modalities start at the principal axes of training pixels.
+
+        Neighbouring bands and dates say nearly the same: random sums of them all show brightness,
+        and a short training does not find the rest. The first axes are whitened; each enters with
+        both signs, as the activation keeps positive values only.
+
+        Args:
+            net: The network, before training; one without reductions is left as it is.
+            keep: (N, h, w) pixels at 10 m that may be looked at.
+        """
+        for group, (f, at) in self._slices.items():
+            if group not in net.reduce:
+                continue
+            n, h, w = keep.shape
+            free = torch.from_numpy(keep.reshape(n, h // f, f, w // f, f).all((2, 4)))
+            c = at.stop - 1 - at.start
+            moments = torch.zeros((c, c), dtype=torch.float64)
+            for chip, ok in zip(self._x[f], free, strict=True):
+                seen = chip[at, : ok.shape[0], : ok.shape[1]]
+                pixels = seen[:-1, ok & (seen[-1] > 0)].double()
+                moments += pixels @ pixels.T
+            conv = net.get_submodule(f"reduce.{group}.0")
+            weight = conv.get_parameter("weight")
+            half = weight.shape[0] // 2
+            values, axes = torch.linalg.eigh(moments)
+            values, axes = values[-half:].flip(0), axes[:, -half:].flip(1)
+            values = (values / moments.trace().clamp_min(1e-12) * c).clamp_min(1e-6)
+            # The sign of an axis is arbitrary: settled, so that machines agree.
+            axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+            start = (axes / values.sqrt()).T.to(weight.dtype)
+            with torch.no_grad():
+                weight[: 2 * half] = 0.0
+                weight[: 2 * half, :-1, 0, 0] = torch.cat([start, -start])
+
     def _int(self, high: int) -> int:
         return int(torch.randint(high, (1,), generator=self._gen))
 
@@ -259,8 +334,9 @@ class Sampler:
         for at, size in ((row, h), (col, w)):
             low = max(0, at - self.crop_px + 1)
             high = min(at, size - self.crop_px)
-            cells = range(-(-low // _LATTICE_PX), high // _LATTICE_PX + 1)
-            start.append(cells[self._int(len(cells))] * _LATTICE_PX if cells else low // 6 * 6)
+            step = self._lattice
+            cells = range(-(-low // step), high // step + 1)
+            start.append(cells[self._int(len(cells))] * step if cells else low // step * step)
         return chip, start[0], start[1]
 
     def batch(self, size: int) -> tuple[dict[int, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -22,13 +22,6 @@ from shapely import set_precision
 from shapely.affinity import affine_transform
 from shapely.geometry import Polygon, box, mapping
 
-from terraloom.acquire.simulate.catalogue import (
-    AssetRecord,
-    ItemRecord,
-    lonlat_box,
-    utc,
-    write_catalogue,
-)
 from terraloom.acquire.simulate.labels import LabelSet, make_labels
 from terraloom.acquire.simulate.landscape import (
     LEGEND,
@@ -54,6 +47,7 @@ from terraloom.acquire.simulate.optical import (
     sky_codes,
 )
 from terraloom.acquire.simulate.sar import SarScene, render_sar, sar_scenes
+from terraloom.acquire.static import AssetRecord, ItemRecord, lonlat_box, utc, write_catalogue
 from terraloom.config.simulation import Simulation
 from terraloom.grid import coarsen, pad
 from terraloom.io import replace_folder, write_json, write_raster, write_text
@@ -119,7 +113,11 @@ def build_region(sim: Simulation, out_dir: Path) -> Path:
             _write_optical(region, scene)
         for sar in progress(sar_scenes(sim), what="radar scenes"):
             _write_sar(region, sar)
-        write_catalogue(tmp, region.items, COLLECTIONS, "SIMULATED region, not observations")
+        write_catalogue(
+            tmp, region.items, COLLECTIONS, "SIMULATED region, not observations",
+            catalogue_id="terraloom-simulated", licence="CC0-1.0",
+            properties={"terraloom:simulated": True},
+        )  # fmt: skip
         _write_frame(region)
         _write_truth(region, _write_labels(region))
         tmp.chmod(0o755)
