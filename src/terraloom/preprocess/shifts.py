@@ -56,7 +56,7 @@ _MOST_ANCHORS = 24
 #: Smoothing of radar, pixels: edges must stand out from speckle.
 _SAR_SIGMA_PX = 2.5
 
-#: A shift after which windows lie this much farther off than before is no shift of the scene.
+#: A shift after which windows lie this much farther off than before does not mend the scene.
 _WORSE_PX = 0.1
 
 log = get_logger(__name__)
@@ -95,8 +95,9 @@ def measure_shifts(campaign: Campaign, grid: CampaignGrid) -> None:
         found = _Campaign(campaign, grid, scenes, clear).solve()
     for name, result in found.items():
         if result.after_px > result.before_px + _WORSE_PX:
-            log.warning("%s: its shift would make the residual larger; not used", name)
-            result.shift, result.field = Shift(math.nan, math.nan, 0.0, math.nan, 0), None
+            log.warning("%s: windows scatter more than its shift; left where it is", name)
+            result.shift = replace(result.shift, dy_px=0.0, dx_px=0.0)
+            result.after_px, result.field = result.before_px, None
     lost = {
         i: f"no shift of at most {settings.max_shift_m:g} m could be told; too few clear windows, "
         "or a larger shift"
