@@ -106,6 +106,24 @@ def test_two_scenes_that_are_aligned_are_not_refused(measure, series, tmp_path):
     assert np.abs(table(result, ("x", "y"))).max() < 0.02
 
 
+def test_a_shift_that_does_not_mend_a_scene_is_not_applied(measure, series, monkeypatch):
+    solve = shifts._Campaign.solve
+
+    def worse(self):
+        found = solve(self)
+        name = min(found)
+        found[name].before_px, found[name].after_px = 0.9, 1.2
+        return found
+
+    monkeypatch.setattr(shifts._Campaign, "solve", worse)
+    record = measure(series)
+    name = min(record["shifts"])
+    one = record["shifts"][name]
+    assert (one["dy_px"], one["dx_px"], one["after_px"]) == (0, 0, 0.9)
+    assert name not in record["refused"]
+    assert any(s["dy_px"] for k, s in record["shifts"].items() if k != name)
+
+
 def test_one_scene_alone_is_neither_measured_nor_refused(measure, series):
     result = measure(series[:1])
     assert result["shifts"] == {} and result["refused"] == {}
