@@ -18,6 +18,7 @@ from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, SegmentationLoss, class_weights
 from terraloom.models.registry import build, load_member, ready, save_member
+from terraloom.train.checkpoint import Checkpoint, Progress
 from terraloom.train.windows import (
     Augmentation,
     Sampler,
@@ -120,6 +121,7 @@ def fit_member(
     held_out_fold: int,
     member: int,
     seed: int,
+    checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Train one member on the labelled pixels of all folds but one.
 
@@ -135,6 +137,7 @@ def fit_member(
         held_out_fold: Fold left out; 254 trains on all.
         member: Number of the member; changes the random stream.
         seed: Seed of the campaign.
+        checkpoint: Where a killed training goes on; the result is the same to the byte.
 
     Raises:
         FoldError: No labelled pixel remains.
@@ -163,7 +166,7 @@ def fit_member(
         )  # fmt: skip
         sampler.start_reduction(net, keep)
         loss = MultiTaskLoss(scaled, _weights(scaled, y, settings.class_power), settings.loss)
-        state, history = _train(net, sampler, loss, settings)
+        state, history = _train(net, sampler, loss, settings, checkpoint)
     return FitResult(state, spec, normalisation, history, held_out_fold, member, seed, settings)
 
 
@@ -192,7 +195,11 @@ def _weights(tasks: Sequence[TaskSpec], y: Mapping[str, Tensor], power: float) -
 
 
 def _train(
-    net: FusionNet, sampler: Sampler, loss: MultiTaskLoss, s: FitSettings
+    net: FusionNet,
+    sampler: Sampler,
+    loss: MultiTaskLoss,
+    s: FitSettings,
+    checkpoint: Checkpoint | None,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """The loop: AdamW, one cycle with cosine, moving average of weights and statistics."""
     decay = [p for p in net.parameters() if p.ndim > 1]
@@ -207,8 +214,11 @@ def _train(
     )
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     history: dict[str, list[float]] = {t.name: [] for t in net.spec.tasks}
+    now = Progress(net, average, optimiser, schedule, sampler.generator, history, loss.initial)
+    if checkpoint is not None:
+        checkpoint.restore(now)
     net.train()
-    for step in range(steps):
+    for step in range(now.step, steps):
         x, y, w = sampler.batch(s.batch)
         total, each = loss(net.forward_prepared(x), y, w)
         for name, values in history.items():
@@ -220,6 +230,9 @@ def _train(
             optimiser.step()
         schedule.step()
         _follow(average, net.state_dict(), min(s.ema, (1 + step) / (10 + step)))
+        now.step = step + 1
+        if checkpoint is not None:
+            checkpoint.keep(now)
     if not all(bool(torch.isfinite(v).all()) for v in average.values()):
         raise ModelError("training diverged", fix="lower model.learning_rate")
     return average, history
@@ -233,11 +246,18 @@ def _follow(average: dict[str, Tensor], state: Mapping[str, Tensor], decay: floa
             average[k].copy_(v)
 
 
-def save_fit(path: Path | str, fit: FitResult) -> None:
-    """Write a trained member: ``path`` (safetensors) and its JSON card."""
+def save_fit(path: Path | str, fit: FitResult, *, origin: str = "") -> None:
+    """Write a trained member: ``path`` (safetensors) and its JSON card.
+
+    Args:
+        path: The file.
+        fit: The member.
+        origin: Digest of what it was trained from.
+    """
     save_member(
         path, fit.state_dict, fit.spec, fit.normalisation,
         {
+            "origin": origin,
             "held_out_fold": fit.held_out_fold,
             "member": fit.member,
             "seed": fit.seed,

@@ -274,6 +274,11 @@ class Sampler:
         return pools
 
     @property
+    def generator(self) -> torch.Generator:
+        """Source of randomness of the batches."""
+        return self._gen
+
+    @property
     def crops_per_epoch(self) -> int:
         """Crops that cover all chips with a label once."""
         hit = torch.zeros(self._shape[0], dtype=torch.bool)

@@ -1,0 +1,137 @@
+"""Where a training stands, so that a killed one goes on as if nothing had happened.
+
+One safetensors file holds weights, their moving average, the optimiser's moments and the states of
+both random streams; its header holds, as JSON, the step, the schedule and the history. Nothing in
+it is executable. It is written atomically, so there is always a whole one or none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from terraloom.io import atomic
+from terraloom.log import get_logger
+
+__all__ = ["Checkpoint", "Progress"]
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Progress:
+    """All that a training changes from step to step.
+
+    Attributes:
+        net: The network.
+        average: Moving average of its state.
+        optimiser: The optimiser.
+        schedule: The schedule of the learning rate.
+        draws: Random stream of the batches; dropout draws from torch's own stream.
+        history: Loss per task and step.
+        units: First loss of each task, which all later ones are divided by.
+        step: Steps that are done.
+    """
+
+    net: torch.nn.Module
+    average: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    draws: torch.Generator
+    history: dict[str, list[float]]
+    units: dict[str, float]
+    step: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """The file of one training.
+
+    Attributes:
+        path: The file.
+        origin: Digest of data, settings and code; a file of another origin is not used.
+        every_s: Least time between two writes, seconds.
+    """
+
+    path: Path
+    origin: str
+    every_s: float = 30.0
+    _last: float = field(default_factory=time.monotonic)
+
+    def keep(self, now: Progress) -> None:
+        """Write the state when the last write is long enough ago."""
+        if time.monotonic() - self._last < self.every_s:
+            return
+        tensors = {f"net.{k}": v for k, v in now.net.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in now.average.items()}
+        moments = now.optimiser.state_dict()
+        for i, values in moments["state"].items():
+            tensors |= {f"moment.{i}.{k}": v for k, v in values.items()}
+        tensors |= {"random.torch": torch.get_rng_state(), "random.draws": now.draws.get_state()}
+        header = {
+            "origin": self.origin, "step": now.step, "history": now.history, "units": now.units,
+            "groups": moments["param_groups"], "schedule": now.schedule.state_dict(),
+        }  # fmt: skip
+        with atomic(self.path) as tmp:
+            save_file(
+                {k: v.detach().clone().contiguous() for k, v in tensors.items()}, tmp,
+                metadata={"state": json.dumps(header)},
+            )  # fmt: skip
+        self._last = time.monotonic()
+
+    def restore(self, now: Progress) -> None:
+        """Bring a training to where its file stands; without a fitting file it starts anew."""
+        found = self._read()
+        if found is None:
+            return
+        header, tensors = found
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+        now.net.load_state_dict(part("net."))
+        for key, value in part("average.").items():
+            now.average[key].copy_(value)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("moment.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        now.optimiser.load_state_dict({"state": state, "param_groups": header["groups"]})
+        # Moments lie in memory as their weights do: another layout rounds differently.
+        for weight, values in now.optimiser.state.items():
+            for name, value in values.items():
+                if value.shape == weight.shape:
+                    values[name] = torch.empty_like(weight).copy_(value).detach()
+        now.schedule.load_state_dict(header["schedule"])
+        torch.set_rng_state(tensors["random.torch"])
+        now.draws.set_state(tensors["random.draws"])
+        now.history.update(header["history"])
+        now.units.update(header["units"])
+        now.step = int(header["step"])
+        log.info("%s: training goes on at step %d", self.path, now.step)
+
+    def remove(self) -> None:
+        """Take the file away; the training is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                header = json.loads(file.metadata()["state"])
+                if header["origin"] != self.origin:
+                    log.info("%s: of other data or settings, not used", self.path)
+                    return None
+                return header, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as err:
+            log.warning("%s cannot be read (%s); training starts anew", self.path, err)
+            return None

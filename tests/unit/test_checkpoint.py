@@ -1,0 +1,161 @@
+"""A training that was killed goes on to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_fit import FAST, TASKS, make_chips
+
+from terraloom.config.load import load_campaign
+from terraloom.io import read_json, sha256, write_store
+from terraloom.train import fit as fitting
+from terraloom.train import run
+from terraloom.train.checkpoint import Checkpoint, Progress
+from terraloom.train.fit import FitResult, fit_member, save_fit
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = replace(FAST, epochs=2, dropout=0.1)
+CHIPS = make_chips(3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(checkpoint: Checkpoint | None = None, seed: int = 7) -> FitResult:
+    return fit_member(
+        CHIPS, TASKS, SETTINGS, held_out_fold=0, member=0, seed=seed, checkpoint=checkpoint
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The training dies right after a step whose state was written."""
+    keep = Checkpoint.keep
+
+    def dying(self: Checkpoint, now: Progress) -> None:
+        keep(self, now)
+        if now.step == step:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "keep", dying)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, FitResult]:
+    torch.set_num_threads(1)
+    fit = train()
+    path = tmp_path_factory.mktemp("whole") / "member.safetensors"
+    save_fit(path, fit)
+    return sha256(path), fit
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_killed_training_ends_in_the_same_bytes(
+    whole: tuple[str, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    digest, fit = whole
+    assert len(fit.history["cover"]) > 5
+    file = tmp_path / "state.safetensors"
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        kill_after(m, step)
+        train(Checkpoint(file, "a", every_s=0))
+    torch.rand(5)  # whatever the process after it has drawn
+    seen: list[int] = []
+    restore = Checkpoint.restore
+
+    def watch(self: Checkpoint, now: Progress) -> None:
+        restore(self, now)
+        seen.append(now.step)
+
+    monkeypatch.setattr(Checkpoint, "restore", watch)
+    again = train(Checkpoint(file, "a", every_s=1e9))
+    assert seen == [step], "it started anew"
+    save_fit(tmp_path / "member.safetensors", again)
+    assert sha256(tmp_path / "member.safetensors") == digest
+    assert again.history.keys() == fit.history.keys()
+    for name, values in fit.history.items():
+        assert repr(again.history[name]) == repr(values), "also the losses, NaN included"
+
+
+def test_a_state_of_other_data_is_not_used(
+    whole: tuple[str, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "state.safetensors"
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        kill_after(m, 4)
+        train(Checkpoint(file, "a", every_s=0), seed=8)
+    save_fit(tmp_path / "member.safetensors", train(Checkpoint(file, "b", every_s=1e9)))
+    assert sha256(tmp_path / "member.safetensors") == whole[0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
+def test_a_damaged_state_is_left_aside(
+    whole: tuple[str, FitResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    damage: bytes | None,
+) -> None:  # fmt: skip
+    file = tmp_path / "state.safetensors"
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        kill_after(m, 2)
+        train(Checkpoint(file, "a", every_s=0))
+    file.write_bytes(file.read_bytes()[:-40] if damage is None else damage)
+    save_fit(tmp_path / "member.safetensors", train(Checkpoint(file, "a", every_s=1e9)))
+    assert sha256(tmp_path / "member.safetensors") == whole[0]
+
+
+def test_states_are_written_no_more_often_than_asked(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    train(Checkpoint(file, "a", every_s=1e9))
+    assert not file.exists()
+    assert fitting.Checkpoint is Checkpoint
+
+
+def test_finished_members_are_kept_and_killed_ones_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_store(run.CHIPS, CHIPS)
+    campaign = load_campaign(ROOT / "config/campaigns/rehearsal.yaml")
+    model = campaign.model.model_copy(update={"members": 2, "epochs": 1, "width": 4})
+    campaign = campaign.model_copy(update={"model": model})
+    monkeypatch.setattr(run, "task_specs", lambda c: list(TASKS))
+    monkeypatch.setattr(run, "Checkpoint", lambda path, origin: Checkpoint(path, origin, every_s=0))
+    trained: list[int] = []
+    fit = run.fit_member
+
+    def counting(*args: object, member: int, **more: object) -> FitResult:
+        trained.append(member)
+        return fit(*args, member=member, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "fit_member", counting)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        keep, started = Checkpoint.keep, []
+
+        def dying(self: Checkpoint, now: Progress) -> None:
+            keep(self, now)
+            started.append(self.path.name)
+            if self.path.name == "fold-0-member-1.safetensors":
+                raise Killed
+
+        m.setattr(Checkpoint, "keep", dying)
+        run.train_fold(campaign, 0)
+    assert trained == [0, 1] and not (run.fold_folder(0) / "card.json").exists()
+    first = sha256(run.fold_folder(0) / "member-0.safetensors")
+    run.train_fold(campaign, 0)
+    assert trained == [0, 1, 1], "the finished member was trained again"
+    card = read_json(run.fold_folder(0) / "card.json")["members"]
+    assert card["member-0.safetensors"] == first and len(card) == 2
+    assert not list(run.WORK.glob("*")), "states of finished trainings are left"
+    run.train_fold(campaign.model_copy(update={"seed": 1}), 0)
+    assert trained == [0, 1, 1, 0, 1], "another seed must train anew"
