@@ -168,3 +168,36 @@ def test_a_class_in_one_fold_only_is_worse_than_gaps_elsewhere() -> None:
     four = np.array([[1, 0.25], [0, 0.25], [0, 0.25], [0, 0.25]])  # three gaps
     spread = np.array([[0.5, 0.5], [0.5, 0.5], [0, 0], [0.0, 0]])  # two empty folds
     assert _score(four) < _score(spread)
+
+
+def test_blocks_can_be_dealt_by_distances() -> None:
+    """Labels in a corner of a wide area: neighbours in one fold, blocks stay whole, all classes."""
+    rng = np.random.default_rng(3)
+    grid = GeoBox((960, 960), Affine(10, 0, 500_000, 0, -10, 5_800_000), "EPSG:32633")
+    centres = rng.uniform((500_200, 5_796_200), (503_000, 5_799_800), (160, 2))
+    labels = gpd.GeoDataFrame(
+        {"stratum": rng.integers(0, 2, 160)},
+        geometry=[Point(*c).buffer(30) for c in centres],
+        crs="EPSG:32633",
+    )
+    given = {"geobox": grid, "count": 3, "block_m": 400, "seed": 1, "names": ["a", "b"]}
+    area = box(500_000, 5_790_400, 509_600, 5_800_000)
+
+    def apart(frame: gpd.GeoDataFrame) -> float:
+        """Median distance from a label to the nearest one of another fold."""
+        xy, fold = np.column_stack([frame.centroid.x, frame.centroid.y]), frame["fold"].to_numpy()
+        far = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1))
+        far[fold[:, None] == fold[None]] = np.inf
+        return float(np.median(far.min(axis=1)))
+
+    balanced, _ = assign_folds(labels, **given)
+    matched, fold_map = assign_folds(labels, **given, area=area)
+    again, _ = assign_folds(labels, **given, area=area)
+    assert apart(matched) > 1.3 * apart(balanced)
+    assert matched["fold"].equals(again["fold"])
+    assert (matched.groupby("block")["fold"].nunique() == 1).all()
+    assert all(
+        fold_map.fold_of_block[b] == f
+        for b, f in zip(matched["block"], matched["fold"], strict=True)
+    )
+    assert matched.groupby("fold")["stratum"].nunique().eq(2).all()

@@ -325,6 +325,11 @@ class Task(Section):
 class Folds(Section):
     """Spatial blocks; a polygon is never divided between folds."""
 
+    method: Literal["blocks", "knndm"] = Field(
+        "blocks",
+        description="`blocks`: square blocks, dealt so that classes are balanced; `knndm`: blocks "
+        "dealt so that held-out labels lie as far from the others as the map's pixels do.",
+    )
     count: int = Field(4, ge=2, le=20, description="Number of folds (count).")
     block_m: float = Field(
         1280, gt=0, le=1e6, description="Width and height of a spatial block (metres)."

@@ -25,6 +25,7 @@ from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, Tile, geobox_record, window_of
 from terraloom.io import atomic, read_json, read_store, write_json, write_store
 from terraloom.labels.folds import FoldMap, assign_folds, audit_folds
+from terraloom.labels.leakage import audit_leakage
 from terraloom.labels.rasterise import NO_LABEL, burn, eroded
 from terraloom.labels.read import read_labels
 from terraloom.legend import IGNORE_INDEX, Legend
@@ -92,17 +93,30 @@ def align_labels(
         block_m=campaign.folds.block_m,
         seed=campaign.seed,
         names=[*legend.names, *(t.name for t in campaign.tasks)],
+        area=grid.aoi if campaign.folds.method == "knndm" else None,
     )
+    leaks = audit_leakage(union, image_years=_image_years(campaign))
+    for r in leaks:
+        if not r["ok"]:
+            log.warning("%s of %s: %s; to do: %s", r["check"], r["item"], r["found"], r["fix"])
     result = {
         "campaign": campaign.name,
         "classes": list(legend.names),
         "tasks": reports,
         "folds": fold_map.record() | {"labelled_blocks": int(union["block"].nunique())},
         "audit": audit_folds(union),
+        "leakage": leaks,
     }
     _write_labels(out / "folds.gpkg", union)
     write_json(out / "labels.json", result)
     return result
+
+
+def _image_years(campaign: Campaign) -> list[int]:
+    """Years of the images; none where no label says its date."""
+    if not any(t.labels.date_column for t in campaign.tasks):
+        return []
+    return sorted({day.year for p in campaign.cube.periods for day in (p.start, p.end)})
 
 
 def _erosion_report(labels: gpd.GeoDataFrame, task: Task) -> dict[str, Any]:

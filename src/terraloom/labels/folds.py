@@ -26,9 +26,11 @@ import shapely
 from odc.geo.geobox import GeoBox
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from shapely.geometry.base import BaseGeometry
 
 from terraloom.errors import FoldError
 from terraloom.grid import window_of
+from terraloom.labels.knndm import knndm, regular_points
 
 __all__ = ["FoldMap", "assign_folds", "audit_folds", "overlap_groups"]
 
@@ -105,6 +107,7 @@ def assign_folds(
     block_m: float,
     seed: int,
     names: Sequence[str],
+    area: BaseGeometry | None = None,
 ) -> tuple[gpd.GeoDataFrame, FoldMap]:
     """Give every label a block and a fold, and every block of the grid a fold.
 
@@ -119,6 +122,8 @@ def assign_folds(
         block_m: Width of a block, metres; rounded to whole pixels.
         seed: Seed of the search and of the folds of blocks without labels.
         names: Names of the strata: classes, and tasks that have no classes.
+        area: With it, blocks are dealt by :func:`terraloom.labels.knndm.knndm` instead: so that
+            held-out labels lie as far from the others as places of this area do.
 
     Returns:
         A copy of ``labels`` with the columns ``block`` and ``fold`` (int64), and the map of all
@@ -146,10 +151,28 @@ def assign_folds(
     rng = np.random.default_rng(seed)
     rows, columns = _block_shape(geobox, block_px)
     folds = rng.permutation(np.arange(rows * columns) % count)
-    folds[blocks] = _deal(weight, count, rng)
+    if area is None:
+        folds[blocks] = _deal(weight, count, rng)
+    else:
+        folds[blocks] = _matched(out, area, count, rng)
     _check_strata_in_folds(weight, folds[blocks], count, names, where)
     out["fold"] = folds[out["block"].to_numpy()].astype(np.int64)
     return out, FoldMap(geobox, block_px, count, tuple(int(f) for f in folds))
+
+
+def _matched(
+    labels: gpd.GeoDataFrame, area: BaseGeometry, count: int, rng: np.random.Generator
+) -> Ints:
+    """Fold of each labelled block, in the order of its number, by distances."""
+    points = labels.representative_point()
+    blocks = labels["block"].to_numpy()
+    found = knndm(
+        np.column_stack([points.x, points.y]), regular_points(area), count=count, rng=rng,
+        groups=blocks, strata=labels["stratum"].to_numpy(dtype=np.int64),
+    )  # fmt: skip
+    first = np.unique(blocks, return_index=True)[1]
+    out: Ints = np.asarray(found.fold, dtype=np.int64)[first]
+    return out
 
 
 def _blocks_of(labels: gpd.GeoDataFrame, geobox: GeoBox, block_px: int) -> Ints:

@@ -83,6 +83,11 @@ def label_tasks(raw: Any) -> tuple[list[LabelTask], list[Table]]:
     rest = _without(raw, [id(r) for _, r in found])
     if isinstance(rest, Mapping):
         rest = {k: v for k, v in rest.items() if k not in ("campaign", "classes")}
+        if isinstance(rest.get("leakage"), list):
+            rest["leakage"] = {
+                f"{r['check']}, {r['item']}": "ok" if r["ok"] else r["found"]
+                for r in rest["leakage"]
+            }
         folds = rest.get("folds")
         if isinstance(folds, Mapping):
             rest["folds"] = {k: v for k, v in folds.items() if k != "fold_of_block"}
