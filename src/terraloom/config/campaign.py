@@ -291,6 +291,16 @@ class LabelSource(Section):
     drop: list[str] = Field(
         default_factory=list, description="Values of the column that are left out on purpose."
     )
+    tau_days: float | None = Field(
+        None, gt=0,
+        description="A label this far in time from the images counts 37 %; default: gaps do not "
+        "count (days).",
+    )  # fmt: skip
+    drop_changed: float | None = Field(
+        None, gt=0, le=1,
+        description="Labels whose ground changed after their date with at least this probability "
+        "are left out; default: none is (0-1).",
+    )  # fmt: skip
     erode_m: float = Field(
         0, ge=0, le=500,
         description="Polygons are shrunk by this much: positional error and mixed edge pixels "
@@ -317,6 +327,9 @@ class Task(Section):
     def _fits(self) -> Task:
         if (self.kind is TaskKind.SEGMENTATION) != (self.classes is not None):
             raise ValueError("`classes` belongs to kind `segmentation`, and only to it")
+        timed = self.labels.tau_days is not None or self.labels.drop_changed is not None
+        if timed and self.labels.date_column is None:
+            raise ValueError("`labels.tau_days` and `labels.drop_changed` need `date_column`")
         if self.kind is not TaskKind.BOUNDARY and self.labels.column is None:
             raise ValueError("`labels.column` is needed for this kind of task")
         return self

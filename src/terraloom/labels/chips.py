@@ -23,11 +23,12 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign, Task
 from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, Tile, geobox_record, window_of
-from terraloom.io import atomic, read_json, read_store, write_json, write_store
+from terraloom.io import atomic, read_json, read_store, write_json, write_store, write_text
 from terraloom.labels.folds import FoldMap, assign_folds, audit_folds
 from terraloom.labels.leakage import audit_leakage
 from terraloom.labels.rasterise import NO_LABEL, burn, eroded
 from terraloom.labels.read import read_labels
+from terraloom.labels.time import weigh_chips
 from terraloom.legend import IGNORE_INDEX, Legend
 from terraloom.log import get_logger
 from terraloom.preprocess.cube import channel_names, cube_inputs
@@ -240,11 +241,30 @@ def cut_chips(
         )  # fmt: skip
     classes = list(report["classes"])
     dataset = _dataset(campaign, grid, chips, channels, facts, classes)
-    metrics = _metrics(campaign, dataset, tallies, report, classes)
+    dataset, timing = _weighed(campaign, dataset, labels, out)
+    metrics = _metrics(campaign, dataset, tallies, report, classes) | {"time": timing}
     write_store(out / "chips.zip", dataset)
     write_json(out / "metrics.json", metrics)
     log.info("%d chips of %d px", len(chips), campaign.chips.size_px)
     return metrics
+
+
+def _weighed(
+    campaign: Campaign, chips: xr.Dataset, labels: gpd.GeoDataFrame, out: Path
+) -> tuple[xr.Dataset, dict[str, Any]]:
+    """Weights of labels by their time, for the tasks that ask for it; each label's to a table."""
+    timing: dict[str, Any] = {}
+    for t in campaign.tasks:
+        if t.labels.tau_days is None and t.labels.drop_changed is None:
+            continue
+        chips, timing[t.name] = weigh_chips(
+            chips, labels, t.name, periods=campaign.cube.periods, tau_days=t.labels.tau_days,
+            drop_changed=t.labels.drop_changed, erode_m=t.labels.erode_m,
+        )  # fmt: skip
+        table = pd.DataFrame(timing[t.name].pop("per_label"))
+        write_text(out / f"label_time-{t.name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        log.info("task %s: labels by their time: %s", t.name, timing[t.name])
+    return chips, timing
 
 
 def _has_label(y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
