@@ -11,7 +11,7 @@ import pytest
 from shapely import LineString, MultiPolygon, Point, Polygon, box
 
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Task
+from terraloom.config.labels import Task
 from terraloom.errors import LabelError
 from terraloom.grid import CampaignGrid, window_of
 from terraloom.labels.rasterise import EDGE_WIDTH_PX, NO_LABEL, burn, eroded

@@ -26,7 +26,8 @@ from terraloom.assess.reliability import (
     skill_report,
 )
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Campaign, Task
+from terraloom.config.campaign import Campaign
+from terraloom.config.labels import Task
 from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid, geobox_from_record
 from terraloom.io import read_json, read_store, write_json, write_text

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "TaskKind"]
+__all__ = ["Name", "Section", "TaskKind"]
+
+#: Name of a source, task or campaign; it becomes part of file names.
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 
 
 class Section(BaseModel):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from terraloom.config.base import Section, TaskKind
+from terraloom.config.base import Name, Section, TaskKind
+from terraloom.config.labels import Chips, Folds, Task
+from terraloom.config.model import Model
 from terraloom.config.simulation import Simulation
 
 __all__ = [
-    "Aoi", "Archive", "Campaign", "Chips", "Composite", "Coregister", "Cube", "Folds", "Grid",
-    "LabelSource", "Masks", "Milestones", "Model", "Predict", "Sample", "Scenes", "Source", "Task",
+    "Aoi", "Archive", "Campaign", "Composite", "Coregister", "Cube", "Grid", "Masks", "Milestones",
+    "Predict", "Sample", "Scenes", "Source",
 ]  # fmt: skip
 
 MaskName = Literal["auto", "layer", "spectral", "s2cloudless", "csmask", "omnicloudmask"]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 Milestone = Literal["build", "frozen"]
 
 
@@ -273,114 +274,6 @@ class Cube(Section):
         ordered = [p.name for p in sorted(self.periods, key=lambda p: (p.start, p.end))]
         at = ordered.index(period)
         return set(ordered[max(at - 1, 0) : at + 2])
-
-
-class LabelSource(Section):
-    """Where a task's labels come from."""
-
-    file: str = Field(description="Vector file, any CRS; path from the project folder.")
-    layer: str | None = Field(None, description="Layer of the file; default: the only one.")
-    column: str | None = Field(
-        None, description="Column with the class or the value; not needed for boundaries."
-    )
-    date_column: str | None = Field(None, description="Column with the label's date (ISO 8601).")
-    mapping: dict[str, str] = Field(
-        default_factory=dict,
-        description="Value in the column: class name of the legend, where they differ.",
-    )
-    drop: list[str] = Field(
-        default_factory=list, description="Values of the column that are left out on purpose."
-    )
-    tau_days: float | None = Field(
-        None, gt=0,
-        description="A label this far in time from the images counts 37 %; default: gaps do not "
-        "count (days).",
-    )  # fmt: skip
-    drop_changed: float | None = Field(
-        None, gt=0, le=1,
-        description="Labels whose ground changed after their date with at least this probability "
-        "are left out; default: none is (0-1).",
-    )  # fmt: skip
-    erode_m: float = Field(
-        0, ge=0, le=500,
-        description="Polygons are shrunk by this much: positional error and mixed edge pixels "
-        "are ignored in training (metres).",
-    )  # fmt: skip
-
-
-class Task(Section):
-    """One thing to predict. All tasks share one encoder."""
-
-    name: Name = Field(description="Name of the task, used in file names.")
-    kind: TaskKind = Field(description="`segmentation`, `regression` or `boundary`.")
-    labels: LabelSource = Field(description="Where the labels come from.")
-    classes: str | None = Field(
-        None, description="CSV with code,name,color of the legend; only for segmentation."
-    )
-    unit: str = Field("", description="Unit of the predicted value; only for regression.")
-    range: tuple[float, float] | None = Field(
-        None, description="Allowed values, in the unit; only for regression."
-    )
-    weight: float = Field(1.0, gt=0, le=100, description="Weight of the task's loss (ratio).")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Task:
-        if (self.kind is TaskKind.SEGMENTATION) != (self.classes is not None):
-            raise ValueError("`classes` belongs to kind `segmentation`, and only to it")
-        timed = self.labels.tau_days is not None or self.labels.drop_changed is not None
-        if timed and self.labels.date_column is None:
-            raise ValueError("`labels.tau_days` and `labels.drop_changed` need `date_column`")
-        if self.kind is not TaskKind.BOUNDARY and self.labels.column is None:
-            raise ValueError("`labels.column` is needed for this kind of task")
-        return self
-
-
-class Folds(Section):
-    """Spatial blocks; a polygon is never divided between folds."""
-
-    method: Literal["blocks", "knndm"] = Field(
-        "blocks",
-        description="`blocks`: square blocks, dealt so that classes are balanced; `knndm`: blocks "
-        "dealt so that held-out labels lie as far from the others as the map's pixels do.",
-    )
-    count: int = Field(4, ge=2, le=20, description="Number of folds (count).")
-    block_m: float = Field(
-        1280, gt=0, le=1e6, description="Width and height of a spatial block (metres)."
-    )
-
-
-class Chips(Section):
-    """Training windows."""
-
-    size_px: int = Field(
-        192, ge=96, le=1536, multiple_of=48,
-        description="Chip height and width in 10 m pixels; a multiple of 48.",
-    )  # fmt: skip
-
-
-class Model(Section):
-    """The ensemble of light networks."""
-
-    members: int = Field(
-        3, ge=1, le=20,
-        description="Networks per fold (count); the ensemble has folds.count x members networks.",
-    )  # fmt: skip
-    width: int = Field(12, ge=4, le=256, description="Channels of the first level (count).")
-    epochs: int = Field(12, ge=1, le=2000, description="Passes over the training chips (count).")
-    batch: int = Field(
-        4, ge=1, le=256,
-        description="Training windows per step (count); fewer give more steps per pass, which "
-        "helps where there are few chips.",
-    )  # fmt: skip
-    learning_rate: float = Field(5e-3, gt=0, le=1, description="Peak learning rate (ratio).")
-    label_noise: Literal["ignored", "estimated"] = Field(
-        "ignored",
-        description="`estimated`: probabilities are calibrated for the true class, through the "
-        "label noise that held-out predictions reveal; `ignored`: for the label as given.",
-    )
-    baseline: bool = Field(
-        True, description="Also fit a per-pixel random forest on the same folds (yes/no)."
-    )
 
 
 class Predict(Section):

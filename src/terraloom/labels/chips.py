@@ -20,7 +20,8 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Campaign, Task
+from terraloom.config.campaign import Campaign
+from terraloom.config.labels import Task
 from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, Tile, geobox_record, window_of
 from terraloom.io import atomic, read_json, read_store, write_json, write_store, write_text
@@ -91,7 +92,7 @@ def align_labels(
         union,
         geobox=grid.geobox,
         count=campaign.folds.count,
-        block_m=campaign.folds.block_m,
+        block_m=float(campaign.folds.block_m),
         seed=campaign.seed,
         names=[*legend.names, *(t.name for t in campaign.tasks)],
         area=grid.aoi if campaign.folds.method == "knndm" else None,

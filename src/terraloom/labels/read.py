@@ -29,7 +29,7 @@ import shapely
 from shapely.geometry.base import BaseGeometry
 
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Task
+from terraloom.config.labels import Task
 from terraloom.errors import LabelError
 from terraloom.grid import CampaignGrid
 from terraloom.legend import Legend

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Campaign, Task
+from terraloom.config.campaign import Campaign
+from terraloom.config.labels import Task
 from terraloom.grid import CampaignGrid, Tile, geobox_record, row_areas_m2, window_of
 from terraloom.io import cog_from_windows, read_store, sha256, write_json, write_text
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend

@@ -24,7 +24,8 @@ from shapely.geometry import box, mapping
 from terraloom import __version__
 from terraloom.aoi import to_crs
 from terraloom.config.base import TaskKind
-from terraloom.config.campaign import Campaign, Task
+from terraloom.config.campaign import Campaign
+from terraloom.config.labels import Task
 from terraloom.errors import StateError
 from terraloom.grid import geobox_from_record
 from terraloom.io import read_json, sha256, write_text
