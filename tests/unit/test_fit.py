@@ -22,14 +22,9 @@ from terraloom.train.fit import (
     predict_held_out,
     save_fit,
 )
-from terraloom.train.windows import (
-    Augmentation,
-    Sampler,
-    labels_of,
-    modalities_of,
-    normalisation_of,
-    spec_of,
-)
+from terraloom.train.pack import pack_chips, pack_labels
+from terraloom.train.sampler import Augmentation, Sampler
+from terraloom.train.windows import labels_of, modalities_of, normalisation_of, spec_of
 
 COVER = TaskSpec("cover", "segmentation", ("water", "crop", "forest"))
 HEIGHT = TaskSpec("height", "regression", unit="m")
@@ -280,11 +275,11 @@ def sampler_of(chips: xr.Dataset, crop_px: int = 72) -> tuple[FusionNet, Sampler
         torch.manual_seed(0)
         net = FusionNet(spec, normalisation_of(chips, spec, 0))
     keep = (chips["fold"].values != 0) & (chips["fold"].values != 255)
-    y, w = labels_of(chips, (COVER,), keep)
+    pack = pack_chips(net, chips, pack_labels(chips, (COVER,), lambda at, _: keep[at]))
     still = Augmentation(0, 0, 0, 0, flips=False)
-    sampler = Sampler(net, chips, y, w, crop_px=crop_px, class_power=1, augmentation=still,
+    sampler = Sampler(net, pack, crop_px=crop_px, class_power=1, augmentation=still,
                       generator=torch.Generator().manual_seed(0))  # fmt: skip
-    sampler.start_reduction(net, keep)
+    sampler.start_reduction(net, lambda i: keep[i])
     return net, sampler
 
 
@@ -300,7 +295,8 @@ def test_crops_hold_whole_pixels_of_all_groups() -> None:
              for g in ("s1_10", "modis_240")}  # fmt: skip
     starts = set()
     for _ in range(20):
-        x, y, _ = sampler.batch(2)
+        batch = sampler.batch(2)
+        x, y = batch.x, batch.y
         assert {f: v.shape[-1] for f, v in x.items()} == {1: 72, 3: 24, 24: 3}
         assert y["cover"].shape == (2, 72, 72)
         fine = (x[1][:, 0] * scale["s1_10"][1] + scale["s1_10"][0])[:, 0, 0] * 100
@@ -317,7 +313,7 @@ def test_the_reduction_starts_at_the_axes_of_the_training_pixels() -> None:
     assert torch.equal(weight[:16], -weight[16:]), "both signs"
     assert not weight[:, -1].any(), "the mask is no axis"
     at = net.feature_slices()["hyper_30"][1]
-    x = sampler._x[3][:, at.start : at.stop - 1]
+    x = sampler._pack.x[3][:, at.start : at.stop - 1]
     keep = chips["fold"].values != 0
     free = torch.from_numpy(keep.reshape(4, 32, 3, 32, 3).all((2, 4)))
     scores = weight[:16, :-1] @ x.permute(1, 0, 2, 3)[:, free]

@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,16 @@ from terraloom.log import get_logger
 __all__ = ["Checkpoint", "Progress"]
 
 log = get_logger(__name__)
+
+
+class Stream(Protocol):
+    """A stream of random numbers whose state can be taken and set."""
+
+    def get_state(self) -> Tensor:
+        """Where it stands."""
+
+    def set_state(self, state: Tensor) -> object:
+        """Go on from there."""
 
 
 @dataclass
@@ -39,16 +49,24 @@ class Progress:
         history: Loss per task and step.
         units: First loss of each task, which all later ones are divided by.
         step: Steps that are done.
+        scores: Score of the validation fold per epoch.
+        best: Averaged state of the best epoch; empty without early stopping.
+        chosen: That epoch, from 1.
+        ended: Early stopping has ended it.
     """
 
     net: torch.nn.Module
     average: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    draws: torch.Generator
+    draws: Stream
     history: dict[str, list[float]]
     units: dict[str, float]
     step: int = 0
+    scores: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    chosen: int = 0
+    ended: bool = False
 
 
 @dataclass
@@ -66,12 +84,13 @@ class Checkpoint:
     every_s: float = 30.0
     _last: float = field(default_factory=time.monotonic)
 
-    def keep(self, now: Progress) -> None:
-        """Write the state when the last write is long enough ago."""
-        if time.monotonic() - self._last < self.every_s:
+    def keep(self, now: Progress, *, always: bool = False) -> None:
+        """Write the state when the last write is long enough ago, or always."""
+        if not always and time.monotonic() - self._last < self.every_s:
             return
         tensors = {f"net.{k}": v for k, v in now.net.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in now.average.items()}
+        tensors |= {f"best.{k}": v for k, v in now.best.items()}
         moments = now.optimiser.state_dict()
         for i, values in moments["state"].items():
             tensors |= {f"moment.{i}.{k}": v for k, v in values.items()}
@@ -79,10 +98,11 @@ class Checkpoint:
         header = {
             "origin": self.origin, "step": now.step, "history": now.history, "units": now.units,
             "groups": moments["param_groups"], "schedule": now.schedule.state_dict(),
+            "scores": now.scores, "chosen": now.chosen, "ended": now.ended,
         }  # fmt: skip
         with atomic(self.path) as tmp:
             save_file(
-                {k: v.detach().clone().contiguous() for k, v in tensors.items()}, tmp,
+                {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, tmp,
                 metadata={"state": json.dumps(header)},
             )  # fmt: skip
         self._last = time.monotonic()
@@ -100,6 +120,10 @@ class Checkpoint:
         now.net.load_state_dict(part("net."))
         for key, value in part("average.").items():
             now.average[key].copy_(value)
+        like = next(iter(now.average.values()))
+        now.best = {k: v.to(like.device) for k, v in part("best.").items()}
+        now.scores, now.chosen = header["scores"], int(header["chosen"])
+        now.ended = bool(header["ended"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in part("moment.").items():
             index, name = key.split(".", 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,20 +12,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from terraloom.errors import FoldError, ModelError
+from terraloom.errors import FoldError
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, SegmentationLoss, class_weights
 from terraloom.models.registry import build, load_member, ready, save_member
-from terraloom.train.checkpoint import Checkpoint, Progress
-from terraloom.train.windows import (
-    Augmentation,
-    Sampler,
-    inputs_of,
-    labels_of,
-    normalisation_of,
-    spec_of,
-)
+from terraloom.train.checkpoint import Checkpoint
+from terraloom.train.distributed import World
+from terraloom.train.held_out import HeldOut, Validator, predict_held_out
+from terraloom.train.loop import LoopSettings, train
+from terraloom.train.pack import Pack, pack_chips, pack_labels
+from terraloom.train.sampler import Augmentation, Sampler
+from terraloom.train.windows import normalisation_of, spec_of
 
 __all__ = [
     "FitResult",
@@ -61,6 +58,11 @@ class FitSettings:
         erode_px: Class labels this close to another class are not trained on (pixels).
         loss: Segmentation loss.
         augmentation: Random changes of the crops.
+        accumulate: Batches whose gradients make one step (count).
+        patience: Epochs without a better score on a further fold before training ends; 0: never,
+            and no further fold is left out (count).
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     width: int = 12
@@ -80,6 +82,17 @@ class FitSettings:
     erode_px: int = 0
     loss: SegmentationLoss = field(default_factory=SegmentationLoss)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    accumulate: int = 1
+    patience: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+
+    def loop(self) -> LoopSettings:
+        """The part that the training loop takes."""
+        return LoopSettings(
+            self.epochs, self.batch, self.accumulate, self.learning_rate, self.weight_decay,
+            self.ema, self.patience, self.precision, self.device,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,8 @@ class FitResult:
         member: Number of the member.
         seed: Seed of the campaign.
         settings: Settings of training.
+        scores: Score of the fold of early stopping per epoch.
+        epoch: Epoch whose weights these are, from 1.
     """
 
     state_dict: dict[str, Tensor]
@@ -105,6 +120,8 @@ class FitResult:
     member: int
     seed: int
     settings: FitSettings
+    scores: list[float] = field(default_factory=list)
+    epoch: int = 0
 
     def network(self) -> FusionNet:
         """The trained network in evaluation mode, channels-last."""
@@ -122,6 +139,10 @@ def fit_member(
     member: int,
     seed: int,
     checkpoint: Checkpoint | None = None,
+    folder: Path | None = None,
+    weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    keep: npt.NDArray[np.bool_] | None = None,
+    world: World | None = None,
 ) -> FitResult:
     """Train one member on the labelled pixels of all folds but one.
 
@@ -131,22 +152,38 @@ def fit_member(
 
     Args:
         chips: ``x_<modality>`` (N, C, h, w), ``y_<task>`` (N, h, w), ``fold`` (N, h, w), 255 = no
-            fold; optional ``w_<task>`` pixel weights.
+            fold; optional ``w_<task>`` pixel weights and ``s_<task>`` (N, K, h, w) shares of the
+            classes in 1/255. Read a few at a time where they are not in memory.
         tasks: What to predict.
         settings: Size of network and schedule.
         held_out_fold: Fold left out; 254 trains on all.
         member: Number of the member; changes the random stream.
         seed: Seed of the campaign.
         checkpoint: Where a killed training goes on; the result is the same to the byte.
+        folder: Where the packed training data lie while it runs; None: in memory.
+        weights: Pixel weights (N, h, w) per task in place of those of the chips.
+        keep: (N, h, w) pixels that may be trained on, e.g. outside a buffer; None: all.
+        world: Processes that train together.
 
     Raises:
         FoldError: No labelled pixel remains.
         ModelError: Chips and tasks do not fit together.
     """
-    fold = np.asarray(chips["fold"].values)
-    keep = (fold != held_out_fold) & (fold != IGNORE)
-    y, w = labels_of(chips, tasks, keep, erode_px=settings.erode_px)
-    scaled = tuple(_scaled(t, y[t.name], w.get(t.name)) for t in tasks)
+    stop = _stop_fold(chips, held_out_fold, member) if settings.patience else None
+
+    def free(at: slice, part: xr.Dataset) -> npt.NDArray[np.bool_]:
+        fold = np.asarray(part["fold"].values)
+        ok = (fold != held_out_fold) & (fold != IGNORE)
+        if stop is not None:
+            ok &= fold != stop
+        if keep is not None:
+            ok &= keep[at]
+        return np.asarray(ok, dtype=bool)
+
+    labels = pack_labels(
+        chips, tasks, free, erode_px=settings.erode_px, weights=weights, folder=folder
+    )
+    scaled = tuple(_scaled(t, labels) for t in tasks)
     spec = spec_of(
         chips, scaled, width=settings.width, depth=settings.depth, convs=settings.convs,
         indices=settings.indices, dropout=settings.dropout, widths=settings.widths,
@@ -159,91 +196,53 @@ def fit_member(
         normalisation = normalisation_of(chips, spec, held_out_fold)
         net = build(spec, normalisation)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pack = pack_chips(net, chips, labels, folder=folder)
         sampler = Sampler(
-            net, chips, y, w, crop_px=settings.crop_px, class_power=settings.draw_power,
+            net, pack, crop_px=settings.crop_px, class_power=settings.draw_power,
             augmentation=settings.augmentation,
             generator=torch.Generator().manual_seed(int(stream[1] >> 1)),
         )  # fmt: skip
-        sampler.start_reduction(net, keep)
-        loss = MultiTaskLoss(scaled, _weights(scaled, y, settings.class_power), settings.loss)
-        state, history = _train(net, sampler, loss, settings, checkpoint)
-    return FitResult(state, spec, normalisation, history, held_out_fold, member, seed, settings)
+        sampler.start_reduction(net, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
+        loss = MultiTaskLoss(scaled, _weights(scaled, pack, settings.class_power), settings.loss)
+        done = train(
+            net, sampler, loss, settings.loop(), checkpoint=checkpoint, world=world,
+            score=None if stop is None else Validator(chips, scaled, stop),
+        )  # fmt: skip
+    return FitResult(
+        done.state, spec, normalisation, done.history, held_out_fold, member, seed, settings,
+        done.scores, done.epoch,
+    )  # fmt: skip
 
 
-def _scaled(task: TaskSpec, y: Tensor, w: Tensor | None) -> TaskSpec:
+def _stop_fold(chips: xr.Dataset, held_out_fold: int, member: int) -> int:
+    """The fold of early stopping: the next one after the held-out fold, another per member."""
+    fold = np.asarray(chips["fold"].values)
+    others = [int(f) for f in np.unique(fold) if f not in (held_out_fold, IGNORE)]
+    if len(others) < 2:
+        raise FoldError(f"{len(others)} folds to train on", where="model.patience",
+                        allowed="2 or more, one of them to stop by",
+                        fix="more folds.count, or model.patience: 0")  # fmt: skip
+    after = sorted(others, key=lambda f: (f < held_out_fold, f))
+    return after[member % len(after)]
+
+
+def _scaled(task: TaskSpec, labels: Pack) -> TaskSpec:
     """The task with the mean and sd of its transformed training values."""
     if task.kind != "regression":
         return task
-    v = replace(task, mean=0.0, std=1.0).standardise(y.double())
-    ok = torch.isfinite(v)
-    if w is not None:
-        ok &= w > 0
-    if not bool(ok.any()):
+    v = replace(task, mean=0.0, std=1.0).standardise(labels.values(task).double())
+    if not len(v):
         raise FoldError(f"task {task.name} has no training value", fix="use more labels")
-    std = float(v[ok].std(correction=0))
-    return replace(task, mean=float(v[ok].mean()), std=std if std > 1e-9 else 1.0)
+    std = float(v.std(correction=0))
+    return replace(task, mean=float(v.mean()), std=std if std > 1e-9 else 1.0)
 
 
-def _weights(tasks: Sequence[TaskSpec], y: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for t in tasks:
-        if t.kind == "segmentation":
-            labels = y[t.name].numpy()
-            counts = np.bincount(labels[labels != IGNORE], minlength=len(t.classes))
-            out[t.name] = torch.from_numpy(class_weights(counts, power)).float()
-    return out
-
-
-def _train(
-    net: FusionNet,
-    sampler: Sampler,
-    loss: MultiTaskLoss,
-    s: FitSettings,
-    checkpoint: Checkpoint | None,
-) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """The loop: AdamW, one cycle with cosine, moving average of weights and statistics."""
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    steps = max(4, math.ceil(s.epochs * sampler.crops_per_epoch / s.batch))
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=s.learning_rate,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, s.learning_rate, total_steps=steps, pct_start=0.2
-    )
-    average = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    history: dict[str, list[float]] = {t.name: [] for t in net.spec.tasks}
-    now = Progress(net, average, optimiser, schedule, sampler.generator, history, loss.initial)
-    if checkpoint is not None:
-        checkpoint.restore(now)
-    net.train()
-    for step in range(now.step, steps):
-        x, y, w = sampler.batch(s.batch)
-        total, each = loss(net.forward_prepared(x), y, w)
-        for name, values in history.items():
-            values.append(each.get(name, math.nan))
-        if total is not None:
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-            optimiser.step()
-        schedule.step()
-        _follow(average, net.state_dict(), min(s.ema, (1 + step) / (10 + step)))
-        now.step = step + 1
-        if checkpoint is not None:
-            checkpoint.keep(now)
-    if not all(bool(torch.isfinite(v).all()) for v in average.values()):
-        raise ModelError("training diverged", fix="lower model.learning_rate")
-    return average, history
-
-
-def _follow(average: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
-    for k, v in state.items():
-        if v.is_floating_point():
-            average[k].lerp_(v.detach(), 1 - decay)
-        else:
-            average[k].copy_(v)
+def _weights(tasks: Sequence[TaskSpec], pack: Pack, power: float) -> dict[str, Tensor]:
+    return {
+        t.name: torch.from_numpy(class_weights(pack.class_counts(t), power)).float()
+        for t in tasks
+        if t.kind == "segmentation"
+    }
 
 
 def save_fit(path: Path | str, fit: FitResult, *, origin: str = "") -> None:
@@ -263,77 +262,7 @@ def save_fit(path: Path | str, fit: FitResult, *, origin: str = "") -> None:
             "seed": fit.seed,
             "settings": asdict(fit.settings),
             "history": fit.history,
+            "scores": fit.scores,
+            "epoch": fit.epoch,
         },
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Predictions of the held-out labelled pixels of one task.
-
-    Attributes:
-        index: (S,) positions in the flattened (N, h, w) chips.
-        fold: (S,) fold of each pixel.
-        y: (S,) class, or value in the task's unit.
-        p: (M, S, c) per member: class probabilities, (mean, variance), or boundary probability.
-    """
-
-    index: npt.NDArray[np.int64]
-    fold: npt.NDArray[np.uint8]
-    y: npt.NDArray[np.generic]
-    p: npt.NDArray[np.float32]
-
-    @staticmethod
-    def join(parts: Sequence[HeldOut]) -> HeldOut:
-        """All folds together; they must have the same number of members."""
-        return HeldOut(
-            np.concatenate([p.index for p in parts]),
-            np.concatenate([p.fold for p in parts]),
-            np.concatenate([p.y for p in parts]),
-            np.concatenate([p.p for p in parts], axis=1),
-        )
-
-
-def predict_held_out(
-    chips: xr.Dataset, members: Sequence[FusionNet], held_out_fold: int, *, batch: int = 4
-) -> dict[str, HeldOut]:
-    """Predict the labelled pixels of the fold that these members did not train on.
-
-    Args:
-        chips: As in :func:`fit_member`.
-        members: Networks in evaluation mode, all with the same tasks and ``held_out_fold``.
-        held_out_fold: Their fold.
-        batch: Chips per forward pass (count); without influence on the result.
-
-    Returns:
-        Per task.
-    """
-    if not members:
-        raise ModelError("no member", fix="train first")
-    tasks = members[0].spec.tasks
-    fold = np.asarray(chips["fold"].values)
-    y, _ = labels_of(chips, tasks, fold == held_out_fold)
-    labelled = {
-        t.name: (y[t.name] != IGNORE if t.kind == "segmentation" else torch.isfinite(y[t.name]))
-        for t in tasks
-    }
-    any_label = torch.stack(list(labelled.values())).any(0).flatten(1).any(1)
-    rows = torch.nonzero(any_label)[:, 0].tolist()
-    got: dict[str, list[list[Tensor]]] = {t.name: [[] for _ in members] for t in tasks}
-    for start in range(0, len(rows), batch):
-        at = rows[start : start + batch]
-        x = inputs_of(chips, at)
-        for m, net in enumerate(members):
-            for name, p in net.predict(x).items():
-                got[name][m].append(p.permute(0, 2, 3, 1)[labelled[name][at]])
-    out: dict[str, HeldOut] = {}
-    for t in tasks:
-        ok = labelled[t.name].numpy()
-        each = [
-            torch.cat(v).numpy() if v else np.zeros((0, t.channels), np.float32)
-            for v in got[t.name]
-        ]
-        out[t.name] = HeldOut(
-            np.flatnonzero(ok), fold[ok].astype(np.uint8), y[t.name].numpy()[ok], np.stack(each)
-        )
-    return out

@@ -1,10 +1,9 @@
-"""Training data in memory: prepared features, labels of the training folds, augmented crops."""
+"""What chips hold for a network: inputs, labels, normalisation, and the network that fits them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,44 +13,16 @@ import xarray as xr
 from scipy import ndimage
 from torch import Tensor
 
-from terraloom.errors import FoldError, ModelError
+from terraloom.errors import ModelError
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
 from terraloom.preprocess.groups import GroupFacts, group_factor, group_facts, group_order
 
-__all__ = [
-    "Augmentation",
-    "Sampler",
-    "inputs_of",
-    "labels_of",
-    "modalities_of",
-    "normalisation_of",
-    "spec_of",
-]
+__all__ = ["inputs_of", "labels_of", "modalities_of", "normalisation_of", "spec_of"]
 
-#: Crop origins are multiples of this and of all pixel sizes: pixels are cut on their edges.
-_LATTICE_PX = 6
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of training windows, in the normalised feature scale (1 = training sd).
-
-    Attributes:
-        gain: Half-width of a common gain per window and modality (ratio).
-        bias: Standard deviation of a shift per window and feature (sd).
-        drop_feature: Probability that a feature becomes its mean.
-        drop_modality: Probability that a modality becomes invalid, mask included. One modality is
-            always kept.
-        flips: Flips and rotations by 90 degrees.
-    """
-
-    gain: float = 0.05
-    bias: float = 0.03
-    drop_feature: float = 0.01
-    drop_modality: float = 0.02
-    flips: bool = True
+#: Normalisation looks at this many chips at most (count): the memory it needs is bounded.
+_NORMAL_CHIPS = 512
 
 
 def _groups_of(chips: xr.Dataset) -> list[str]:
@@ -103,15 +74,15 @@ def _facts(chips: xr.Dataset, group: str) -> GroupFacts:
 
 def _signed(chips: xr.Dataset, group: str, names: Sequence[str]) -> tuple[str, ...]:
     """Channels with negative values: no power, like the off-diagonal elements of PolSAR."""
-    values = chips[f"x_{group}"].values
+    values = _some(chips)[f"x_{group}"].values
     return tuple(n for i, n in enumerate(names) if bool((values[:, i] < 0).any()))
 
 
 def inputs_of(chips: xr.Dataset, at: slice | Sequence[int] | None = None) -> dict[str, Tensor]:
     """Inputs of chips as tensors, per modality (N, C, h, w)."""
-    rows = slice(None) if at is None else at
+    part = chips if at is None else chips.isel(n=at)
     return {
-        g: torch.from_numpy(np.ascontiguousarray(chips[f"x_{g}"].values[rows], dtype=np.float32))
+        g: torch.from_numpy(np.ascontiguousarray(part[f"x_{g}"].values, dtype=np.float32))
         for g in _groups_of(chips)
     }
 
@@ -133,8 +104,10 @@ def normalisation_of(
     """Centre and spread of each feature over valid pixels outside the held-out fold.
 
     Modalities whose unit is linear ``power`` are turned into decibels. A feature without a valid
-    value gets centre 0 and spread 1; a constant one spread 1.
+    value gets centre 0 and spread 1; a constant one spread 1. Of very many chips a random part is
+    looked at.
     """
+    chips = _some(chips)
     fold = np.asarray(chips["fold"].values, dtype=np.uint8)
     plain = FusionNet(replace(spec, width=4, depth=2, widths=()))
     out: dict[str, Normalisation] = {}
@@ -149,6 +122,15 @@ def normalisation_of(
             std.append(spread)
         out[g] = Normalisation(tuple(mean), tuple(std), decibel)
     return out
+
+
+def _some(chips: xr.Dataset) -> xr.Dataset:
+    """The chips, or a random part of very many."""
+    n = chips.sizes["n"]
+    if n <= _NORMAL_CHIPS:
+        return chips
+    rows = np.random.default_rng(n).choice(n, _NORMAL_CHIPS, replace=False)
+    return chips.isel(n=np.sort(rows))
 
 
 def _robust(values: npt.NDArray[np.float32]) -> tuple[float, float]:
@@ -207,185 +189,3 @@ def _erode(values: npt.NDArray[Any], px: int) -> npt.NDArray[Any]:
     mixed = ndimage.minimum_filter(low, size) != ndimage.maximum_filter(high, size)
     out[mixed & (values != IGNORE)] = IGNORE
     return out
-
-
-class Sampler:
-    """Draws batches of augmented crops around labelled training pixels.
-
-    Args:
-        net: The network, for its normalisation and strides.
-        chips: The chips.
-        y: Labels per task with held-out pixels already removed.
-        w: Pixel weights per task, where given.
-        crop_px: Height and width of a crop, rounded up to whole strides; at most the chip's.
-        class_power: A class is drawn with probability proportional to frequency^power.
-        augmentation: Random changes.
-        generator: Source of randomness.
-    """
-
-    def __init__(
-        self,
-        net: FusionNet,
-        chips: xr.Dataset,
-        y: Mapping[str, Tensor],
-        w: Mapping[str, Tensor],
-        *,
-        crop_px: int,
-        class_power: float,
-        augmentation: Augmentation,
-        generator: torch.Generator,
-    ) -> None:
-        with torch.inference_mode():
-            # Prepared once: normalisation of the same pixels in every step would double the cost.
-            self._x = {f: x.clone() for f, x in net.prepare(inputs_of(chips)).items()}
-        self._x = {f: torch.from_numpy(x.numpy()) for f, x in self._x.items()}
-        self._slices = net.feature_slices()
-        self._y, self._w = dict(y), dict(w)
-        first = next(iter(self._y.values()))
-        self._shape = tuple(first.shape)
-        # With coarse modalities the stride is up to 48: the usual crop of 72 px becomes 96.
-        crop_px = math.ceil(crop_px / net.stride_px) * net.stride_px
-        self.crop_px = min(crop_px, self._shape[1], self._shape[2])
-        if self.crop_px % net.stride_px:
-            raise ModelError(f"chips of {self.crop_px} px", where="chips.size_px",
-                             allowed=f"multiples of {net.stride_px}")  # fmt: skip
-        self._lattice = math.lcm(_LATTICE_PX, *self._x)
-        self._aug, self._gen = augmentation, generator
-        self._pools = self._pools_of(class_power)
-        if not self._pools:
-            raise FoldError("no labelled pixel outside the held-out fold", fix="use more labels")
-
-    def _pools_of(self, power: float) -> list[tuple[Tensor, list[Tensor]]]:
-        """Per task: probabilities of its groups and the flat pixel positions of each group."""
-        pools = []
-        for y in self._y.values():
-            flat = y.reshape(-1)
-            if flat.dtype == torch.uint8:
-                groups = [
-                    torch.nonzero(flat == int(k))[:, 0]
-                    for k in np.unique(flat.numpy())
-                    if k != IGNORE
-                ]
-            else:
-                groups = [g for g in [torch.nonzero(torch.isfinite(flat))[:, 0]] if len(g)]
-            if groups:
-                p = torch.tensor([float(len(g)) ** power for g in groups])
-                pools.append((p / p.sum(), groups))
-        return pools
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Source of randomness of the batches."""
-        return self._gen
-
-    @property
-    def crops_per_epoch(self) -> int:
-        """Crops that cover all chips with a label once."""
-        hit = torch.zeros(self._shape[0], dtype=torch.bool)
-        for _, groups in self._pools:
-            for g in groups:
-                hit[g // (self._shape[1] * self._shape[2])] = True
-        area = self._shape[1] * self._shape[2] / self.crop_px**2
-        return max(1, round(int(hit.sum()) * area))
-
-    def start_reduction(self, net: FusionNet, keep: npt.NDArray[np.bool_]) -> None:
-        """Let the reductions of large modalities start at the principal axes of training pixels.
-
-        Neighbouring bands and dates say nearly the same: random sums of them all show brightness,
-        and a short training does not find the rest. The first axes are whitened; each enters with
-        both signs, as the activation keeps positive values only.
-
-        Args:
-            net: The network, before training; one without reductions is left as it is.
-            keep: (N, h, w) pixels at 10 m that may be looked at.
-        """
-        for group, (f, at) in self._slices.items():
-            if group not in net.reduce:
-                continue
-            n, h, w = keep.shape
-            free = torch.from_numpy(keep.reshape(n, h // f, f, w // f, f).all((2, 4)))
-            c = at.stop - 1 - at.start
-            moments = torch.zeros((c, c), dtype=torch.float64)
-            for chip, ok in zip(self._x[f], free, strict=True):
-                seen = chip[at, : ok.shape[0], : ok.shape[1]]
-                pixels = seen[:-1, ok & (seen[-1] > 0)].double()
-                moments += pixels @ pixels.T
-            conv = net.get_submodule(f"reduce.{group}.0")
-            weight = conv.get_parameter("weight")
-            half = weight.shape[0] // 2
-            values, axes = torch.linalg.eigh(moments)
-            values, axes = values[-half:].flip(0), axes[:, -half:].flip(1)
-            values = (values / moments.trace().clamp_min(1e-12) * c).clamp_min(1e-6)
-            # The sign of an axis is arbitrary: settled, so that machines agree.
-            axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-            start = (axes / values.sqrt()).T.to(weight.dtype)
-            with torch.no_grad():
-                weight[: 2 * half] = 0.0
-                weight[: 2 * half, :-1, 0, 0] = torch.cat([start, -start])
-
-    def _int(self, high: int) -> int:
-        return int(torch.randint(high, (1,), generator=self._gen))
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._gen)
-
-    def _origin(self) -> tuple[int, int, int]:
-        probabilities, groups = self._pools[self._int(len(self._pools))]
-        group = groups[int(torch.multinomial(probabilities, 1, generator=self._gen))]
-        pixel = int(group[self._int(len(group))])
-        _, h, w = self._shape
-        chip, row, col = pixel // (h * w), pixel // w % h, pixel % w
-        start = []
-        for at, size in ((row, h), (col, w)):
-            low = max(0, at - self.crop_px + 1)
-            high = min(at, size - self.crop_px)
-            step = self._lattice
-            cells = range(-(-low // step), high // step + 1)
-            start.append(cells[self._int(len(cells))] * step if cells else low // step * step)
-        return chip, start[0], start[1]
-
-    def batch(self, size: int) -> tuple[dict[int, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Prepared inputs, labels and pixel weights of ``size`` crops."""
-        xs: dict[int, list[Tensor]] = {f: [] for f in self._x}
-        ys: dict[str, list[Tensor]] = {t: [] for t in self._y}
-        ws: dict[str, list[Tensor]] = {t: [] for t in self._w}
-        for _ in range(size):
-            chip, row, col = self._origin()
-            turn, flip = (self._int(4), self._int(2)) if self._aug.flips else (0, 0)
-            for f, src in self._x.items():
-                r, c, n = row // f, col // f, self.crop_px // f
-                xs[f].append(_turned(src[chip, :, r : r + n, c : c + n], turn, flip))
-            here = np.s_[chip, row : row + self.crop_px, col : col + self.crop_px]
-            for t, y in self._y.items():
-                ys[t].append(_turned(y[here], turn, flip))
-            for t, w in self._w.items():
-                ws[t].append(_turned(w[here], turn, flip))
-        x = {f: torch.stack(v) for f, v in xs.items()}
-        self._jitter(x)
-        x = {f: v.contiguous(memory_format=torch.channels_last) for f, v in x.items()}
-        labels = {t: torch.stack(v) for t, v in ys.items()}
-        return x, labels, {t: torch.stack(v) for t, v in ws.items()}
-
-    def _jitter(self, x: dict[int, Tensor]) -> None:
-        """Gain, bias and dropout of features and modalities, in place."""
-        a = self._aug
-        n = next(iter(x.values())).shape[0]
-        lost = self._uniform(n, len(self._slices)) < a.drop_modality
-        lost[lost.all(1)] = False
-        for i, (f, at) in enumerate(self._slices.values()):
-            values = x[f][:, at.start : at.stop - 1]
-            mask = x[f][:, at.stop - 1 : at.stop]
-            c = values.shape[1]
-            gain = 1 + a.gain * (2 * self._uniform(n, 1, 1, 1) - 1)
-            bias = a.bias * torch.randn((n, c, 1, 1), generator=self._gen)
-            kept = (self._uniform(n, c, 1, 1) >= a.drop_feature).to(values.dtype)
-            here = (~lost[:, i]).to(values.dtype)[:, None, None, None]
-            # The bias must not fill invalid pixels: there the value stays the training mean.
-            values.mul_(gain).add_(bias * (mask > 0)).mul_(kept * here)
-            mask.mul_(here)
-
-
-def _turned(x: Tensor, turn: int, flip: int) -> Tensor:
-    if turn:
-        x = torch.rot90(x, turn, (-2, -1))
-    return x.flip(-1) if flip else x

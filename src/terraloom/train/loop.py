@@ -1,0 +1,305 @@
+"""The training loop: AdamW, one cycle with cosine, a moving average of the weights.
+
+One loop serves one process and several, processors and GPUs, plain and mixed precision, with and
+without early stopping. On a processor with plain precision, equal seeds and threads give equal
+bytes, also when the training was killed and went on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from terraloom.errors import ModelError
+from terraloom.log import get_logger
+from terraloom.models.fusion import FusionNet
+from terraloom.models.losses import MultiTaskLoss
+from terraloom.train.checkpoint import Checkpoint, Progress
+from terraloom.train.distributed import World, gathered, share_gradients, synchronise
+from terraloom.train.sampler import Batch, Prefetch, Sampler
+
+__all__ = ["LoopSettings", "Trained", "choose_device", "train"]
+
+log = get_logger(__name__)
+
+_NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of the loop.
+
+    Attributes:
+        epochs: Passes over the chips that have labels (count, may be a fraction).
+        batch: Windows per forward pass, over all processes (count).
+        accumulate: Batches whose gradients make one step (count).
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: Of AdamW, on convolution weights only.
+        ema: Decay of the moving average of the weights per step (0-1).
+        patience: Epochs without a better score before training ends; 0: never (count).
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    epochs: float = 12
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-2
+    ema: float = 0.97
+    patience: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop hands back.
+
+    Attributes:
+        state: Averaged weights and statistics.
+        history: Loss per task and step (NaN where a batch had no label of the task).
+        scores: Score of the validation fold per epoch; empty without early stopping.
+        epoch: Epoch whose weights these are, from 1.
+    """
+
+    state: dict[str, Tensor]
+    history: dict[str, list[float]]
+    scores: list[float]
+    epoch: int
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that ``model.device`` names.
+
+    Raises:
+        ModelError: A GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "no GPU that torch can use", where="model.device: cuda", allowed="auto, cpu",
+            fix="set model.device to auto, or install a CUDA build of torch on a machine with a "
+            "GPU",
+        )  # fmt: skip
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _number(precision: str, device: torch.device) -> torch.dtype | None:
+    """Number format of the forward pass; None: as the weights are."""
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else None
+    if precision == "fp16" and device.type == "cpu":
+        raise ModelError("fp16 on a processor", where="model.precision",
+                         allowed="auto, fp32, bf16")  # fmt: skip
+    return _NUMBERS.get(precision)
+
+
+class _Step:
+    """One optimiser step: forward and backward of its batches."""
+
+    def __init__(
+        self, net: FusionNet, loss: MultiTaskLoss, s: LoopSettings, device: torch.device,
+        world: World,
+    ) -> None:  # fmt: skip
+        self.net, self.loss, self.world, self.device = net, loss, world, device
+        self.share, self.accumulate = world.share(s.batch), s.accumulate
+        self.number = _number(s.precision, device)
+        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
+            device.type, enabled=self.number is torch.float16
+        )
+
+    def forward(self, batch: Batch) -> tuple[Tensor | None, dict[str, float]]:
+        """Total loss of the whole batch, and the losses per task."""
+        here = batch.to(self.device)
+        mixed: AbstractContextManager[object] = nullcontext()
+        if self.number is not None:
+            mixed = torch.autocast(self.device.type, self.number)
+        with mixed:
+            raw = self.net.forward_prepared({f: v[self.share] for f, v in here.x.items()})
+        if self.number is not None:
+            raw = {k: v.float() for k, v in raw.items()}
+        return self.loss(gathered(raw, self.world), here.y, here.w)
+
+    def run(
+        self, take: Callable[[], Batch], optimiser: torch.optim.Optimizer
+    ) -> tuple[dict[str, float], list[tuple[int, int, int]], bool]:
+        """Losses per task, the windows, and whether everything stayed finite."""
+        losses: dict[str, list[float]] = {}
+        where: list[tuple[int, int, int]] = []
+        some = False
+        optimiser.zero_grad(set_to_none=True)
+        for _ in range(self.accumulate):
+            batch = take()
+            where += batch.where
+            total, each = self.forward(batch)
+            for k, v in each.items():
+                losses.setdefault(k, []).append(v)
+            if total is None:
+                continue
+            if not math.isfinite(float(total.detach())):
+                return _means(losses), where, False
+            some = True
+            if self.accumulate > 1:
+                total = total / self.accumulate
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        if some:
+            share_gradients(self.net.parameters(), self.world)
+            self.scaler.unscale_(optimiser)
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+            if not bool(torch.isfinite(norm)) and not self.scaler.is_enabled():
+                return _means(losses), where, False
+            self.scaler.step(optimiser)
+            self.scaler.update()
+        return _means(losses), where, True
+
+
+def _means(losses: Mapping[str, list[float]]) -> dict[str, float]:
+    return {k: sum(v) / len(v) for k, v in losses.items()}
+
+
+def train(
+    net: FusionNet,
+    sampler: Sampler,
+    loss: MultiTaskLoss,
+    s: LoopSettings,
+    *,
+    checkpoint: Checkpoint | None = None,
+    score: Callable[[FusionNet], float] | None = None,
+    world: World | None = None,
+) -> Trained:
+    """Train a network.
+
+    Args:
+        net: The network; left with its last weights.
+        sampler: Draws the batches.
+        loss: The tasks' losses.
+        s: Settings.
+        checkpoint: Where a killed training goes on.
+        score: Score of the averaged network, for early stopping; larger is better.
+        world: Processes that train together; default: this one alone.
+
+    Raises:
+        ModelError: The loss is no longer finite: names the windows of the batch; the state before
+            it is kept in the checkpoint. Or there is no such device.
+    """
+    device, alone = choose_device(s.device), world or World()
+    net.to(device)
+    synchronise(net, alone)
+    decay = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim <= 1]
+    per_epoch = sampler.crops_per_epoch / (s.batch * s.accumulate)
+    steps = max(4, math.ceil(s.epochs * per_epoch))
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=s.learning_rate,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, s.learning_rate, total_steps=steps, pct_start=0.2
+    )
+    average = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    history: dict[str, list[float]] = {t.name: [] for t in net.spec.tasks}
+    step_of = _Step(net, loss, s, device, alone)
+    probe = copy.deepcopy(net).eval() if score is not None else None
+    with Prefetch(sampler, s.batch) as batches:
+        now = Progress(net, average, optimiser, schedule, batches, history, loss.initial)
+        if checkpoint is not None:
+            checkpoint.restore(now)
+        net.train()
+        while now.step < steps and not now.ended:
+            before = _Before.of(net, batches)
+            each, where, finite = step_of.run(batches.take, optimiser)
+            if not finite:
+                before.back(net, batches)
+                _diverged(now, each, where, checkpoint if alone.rank == 0 else None)
+            for name, values in history.items():
+                values.append(each.get(name, math.nan))
+            schedule.step()
+            _follow(average, net.state_dict(), min(s.ema, (1 + now.step) / (10 + now.step)))
+            now.step += 1
+            if score is not None and probe is not None:
+                _judge(now, score, probe, per_epoch, steps, s.patience)
+            if checkpoint is not None and alone.rank == 0:
+                checkpoint.keep(now)
+    state = now.best if now.best else average
+    if not all(bool(torch.isfinite(v).all()) for v in state.values()):
+        raise ModelError("training diverged", fix="lower model.learning_rate")
+    epoch = now.chosen if now.best else max(1, round(steps / per_epoch))
+    return Trained({k: v.cpu() for k, v in state.items()}, history, now.scores, epoch)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a step changes before it is known to be finite: statistics and random streams."""
+
+    statistics: list[Tensor]
+    draws: Tensor
+    torch: Tensor
+
+    @classmethod
+    def of(cls, net: FusionNet, batches: Prefetch) -> _Before:
+        kept = [b.clone() for b in net.buffers()]
+        return cls(kept, batches.get_state(), torch.get_rng_state())
+
+    def back(self, net: FusionNet, batches: Prefetch) -> None:
+        for now, then in zip(net.buffers(), self.statistics, strict=True):
+            now.copy_(then)
+        batches.set_state(self.draws)
+        torch.set_rng_state(self.torch)
+
+
+def _judge(
+    now: Progress,
+    score: Callable[[FusionNet], float],
+    probe: FusionNet,
+    per_epoch: float,
+    steps: int,
+    patience: int,
+) -> None:
+    """At the end of an epoch: score the averaged weights, keep the best, end in time."""
+    epoch = now.step / per_epoch
+    if int(epoch) <= len(now.scores) and now.step < steps:
+        return
+    probe.load_state_dict(now.average)
+    now.scores.append(score(probe))
+    best = max((v for v in now.scores if math.isfinite(v)), default=math.nan)
+    if not now.best or now.scores[-1] == best:
+        now.best = {k: v.clone() for k, v in now.average.items()}
+        now.chosen = len(now.scores)
+    now.ended = len(now.scores) - now.chosen >= patience
+
+
+def _diverged(
+    now: Progress,
+    each: Mapping[str, float],
+    where: list[tuple[int, int, int]],
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Stop: name the windows, keep the state before them."""
+    kept = ""
+    if checkpoint is not None:
+        checkpoint.keep(now, always=True)
+        kept = f"; the state before it is kept in {checkpoint.path}"
+    text = ", ".join(f"{c} (row {r}, column {k})" for c, r, k in dict.fromkeys(where))
+    losses = ", ".join(f"{k} {v:g}" for k, v in each.items())
+    raise ModelError(
+        f"training diverged at step {now.step + 1}: loss {losses or 'without a gradient'}{kept}",
+        where=f"windows of chips {text}", allowed="finite losses and gradients",
+        fix="lower model.learning_rate, or look at these chips for extreme values",
+    )  # fmt: skip
+
+
+def _follow(average: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+    for k, v in state.items():
+        if v.is_floating_point():
+            average[k].lerp_(v.detach(), 1 - decay)
+        else:
+            average[k].copy_(v)
