@@ -61,7 +61,8 @@ def _check_inputs(campaign: Campaign, plan: Plan) -> list[str]:
     for task in campaign.tasks:
         if task.classes:
             legend = read_legend(task.classes)
-            unknown = sorted(set(task.labels.mapping.values()) - set(legend.names))
+            known = {*legend.names, *legend.broader}
+            unknown = sorted(set(task.labels.mapping.values()) - known)
             if unknown:
                 raise ConfigError(
                     f"mapping names classes that are not in the legend: {', '.join(unknown)}",
@@ -86,10 +87,12 @@ def _made_by_run(path: str) -> bool:
 
 def _check_labels(campaign: Campaign, plan: Plan, name: str) -> None:
     from terraloom.labels.read import read_labels
+    from terraloom.labels.sources import BLOCK_M
 
     task = next(t for t in campaign.tasks if t.name == name)
     legend = read_legend(task.classes) if task.classes else None
-    read_labels(task, plan.grid, legend)
+    block = campaign.folds.block_m
+    read_labels(task, plan.grid, legend, block_m=BLOCK_M if block == "auto" else float(block))
 
 
 def _check_simulation(campaign: Campaign, plan: Plan) -> None:
@@ -113,7 +116,7 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
         "scenes": (4 + parts * len(plan.period_names)) if building.scenes == "build" else 0,
         "cube": batches,
         "chips": 2 if building.chips == "build" else 0,
-        "model": campaign.folds.count + 1 + int(campaign.model.baseline)
+        "model": campaign.folds.count * campaign.model.members + 1 + int(campaign.model.baseline)
         if building.model == "build" else 0,
         "map": batches + 2 + int(campaign.sample is not None) + int(simulated),
         "report": 2,

@@ -18,11 +18,11 @@ from terraloom.config.load import parse_campaign
 from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, window_of
 from terraloom.io import read_json, read_store, sha256, write_store
+from terraloom.labels.align import align_labels
 from terraloom.labels.chips import (
     NO_FOLD,
     _burn_tile,
     _Tally,
-    align_labels,
     chip_windows,
     cut_chips,
 )
@@ -221,7 +221,7 @@ def test_tasks_share_the_folds(clear: Clear) -> None:
 
 def test_no_pixel_serves_two_folds(campaign: Campaign, grid: CampaignGrid) -> None:
     def one(value: float, shape: Any, fold: int) -> gpd.GeoDataFrame:
-        data = {"value": [value], "fold": [fold], "block": [10 + fold]}
+        data = {"label_id": [fold + 7], "value": [value], "fold": [fold], "block": [10 + fold]}
         return gpd.GeoDataFrame(data, geometry=[shape], crs=grid.crs)
 
     # A parcel of fold 0 beside a labelled field of fold 1: its outer edge lies in that field.
@@ -232,7 +232,8 @@ def test_no_pixel_serves_two_folds(campaign: Campaign, grid: CampaignGrid) -> No
     }
     folds = FoldMap(grid.geobox, 48, 3, (2,) * 24)
     tallies = {t.name: _Tally() for t in campaign.tasks}
-    burnt = _burn_tile(campaign, by_task, folds, grid.geobox, tallies)
+    read = {"classes": ["a", "b"], "tasks": {name: {} for name in by_task}}
+    burnt = _burn_tile(campaign, by_task, read, folds, grid.geobox, tallies)
     row = 192 - 115
     assert set(burnt.fold[row, 31:60]) == {1}
     assert set(burnt.fold[row, :30]) == {0}
@@ -241,6 +242,7 @@ def test_no_pixel_serves_two_folds(campaign: Campaign, grid: CampaignGrid) -> No
     assert np.all(np.isnan(burnt.y["edges"][row, 31:]))
     assert np.all(np.isfinite(burnt.y["edges"][row, :31]))
     assert np.all(burnt.y["cover"][row, 31:60] == 1)
+    assert set(burnt.label["cover"][row, 31:60]) == {8} and burnt.label["cover"][0, 0] == -1
     assert tallies["edges"].between_folds > 0
     assert tallies["cover"].between_folds == 0
 

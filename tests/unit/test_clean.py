@@ -8,22 +8,23 @@ import geopandas as gpd
 import numpy as np
 import pyogrio
 import pytest
-import xarray as xr
 from shapely.geometry import Point, box
 from sklearn.linear_model import LogisticRegression
 
 from terraloom.errors import FoldError, LabelError
 from terraloom.labels.clean import (
     SUSPECTS_LAYER,
-    clean_chips,
-    confident_joint,
     held_out_probabilities,
     label_weights,
+    pixel_weights,
+    review_counts,
     review_in_rounds,
     review_labels,
+    transition,
     write_review,
 )
 from terraloom.labels.corrupt import flip, symmetric_transition
+from terraloom.labels.noise import confident_joint
 
 #: A published example: probability of class 0, and labels. The third label meets the threshold .7
 #: of class 1 exactly, which does not survive rounding: it is a trifle above here.
@@ -66,7 +67,7 @@ def test_the_published_example() -> None:
     """Thresholds .6667 and .7; joint [[2, 1], [0, 2]]; index 2 is flagged."""
     review = review_labels(*EXAMPLE)
     assert np.flatnonzero(review.flags).tolist() == [2]
-    assert review.suggested.tolist() == [0, 0, 1, 1, 1, 1]
+    assert review.likely.tolist() == [0, 0, 1, 1, 1, 1]
     assert review.given.tolist() == EXAMPLE[1].tolist() and review.pixels.tolist() == [1] * 6
     # Margins: (1 + p_other - p_given) / 2.
     assert review.score == pytest.approx([0.1, 0.2, 0.7, 0.2, 0.1, 0.6])
@@ -96,7 +97,7 @@ def test_noise_of_three_blobs_is_recovered() -> None:
     assert wrong.mean() == pytest.approx(0.185, abs=0.005)
     assert np.abs(review.noise - t).max() < 0.045
     assert wrong[review.flags].mean() > 0.88 and review.flags[wrong].mean() > 0.7
-    assert (review.suggested == true)[review.flags & wrong].mean() > 0.95
+    assert (review.likely == true)[review.flags & wrong].mean() > 0.95
 
 
 def test_probabilities_are_held_out() -> None:
@@ -132,7 +133,7 @@ def test_polygons_that_are_wrong_are_found(rate: float, recall: float, precision
         x, y, fold, of, wrong, true = polygons(rate, seed=seed)
         review = review_in_rounds(x, y, fold, logistic, of)
         assert review.ids.tolist() == list(range(240)) and (review.pixels == 12).all()
-        assert (review.suggested == true)[review.flags & wrong].mean() > 0.85
+        assert (review.likely == true)[review.flags & wrong].mean() > 0.85
         assert review.score[wrong].mean() > 0.6 > 0.4 > review.score[~wrong].mean()
         got.append((review.flags[wrong].mean(), wrong[review.flags].mean()))
     assert (np.mean(got, axis=0) > (recall, precision)).all(), got
@@ -201,68 +202,49 @@ def test_a_class_is_never_cleaned_away() -> None:
     assert (label_weights(review, least=9)[12:] == 1).all()
 
 
-@pytest.fixture
-def chips() -> tuple[xr.Dataset, np.ndarray]:
-    """Two chips of 6 x 6 pixels; labels 10, 11, ... of 3 x 3 pixels, and a row without."""
-    of = np.arange(8).reshape(2, 2, 2).repeat(3, 1).repeat(3, 2) + 10
-    y = (of % 2).astype(np.uint8)
-    y[:, 0], of[:, 0] = 255, -1
-    data = {"y_cover": (("n", "y_10", "x_10"), y, {"note": "kept"}),
-            "y_height": (("n", "y_10", "x_10"), np.ones(y.shape, np.float32))}  # fmt: skip
-    return xr.Dataset(data), of
-
-
-def reviewed(likely: float = 0.9):
-    """Labels 10-16 are judged; label 12 says 0 and looks like 1."""
+def test_weights_reach_the_pixels() -> None:
+    """Labels 10-16 are judged; label 12 says 0 and looks like 1; label 17 was not judged."""
     ids = np.arange(10, 17)
     y = ids % 2
     p = np.where(y[:, None] == [0, 1], 0.9, 0.1)
-    p[2] = [1 - likely, likely]
-    return review_labels(p, y, ids)
+    p[2] = [0.1, 0.9]
+    review = review_labels(p, y, ids)
+    of = np.array([[-1, 10, 12], [12, 16, 17]])
+    weights = label_weights(review, least=1)
+    w = pixel_weights(review, weights, of)
+    assert w.dtype == np.float32 and w.tolist() == [[1, 1, 0], [0, 1, 1]]
+    softer = label_weights(review, "weigh", least=1)
+    assert pixel_weights(review, softer, of)[0, 2] == pytest.approx(1 / 9)
+    assert review_counts(review, weights) == {
+        "labels": 7, "suspects": 1, "suspects_pct": pytest.approx(14.286, abs=1e-3), "dropped": 1,
+        "down_weighted": 0, "kept_for_their_class": 0,
+    }  # fmt: skip
+    assert review_counts(review, softer)["down_weighted"] == 1
 
 
-def test_chips_lose_their_suspects(chips: tuple[xr.Dataset, np.ndarray]) -> None:
-    data, of = chips
-    out, report = clean_chips(data, "cover", of, reviewed(), least=1)
-    y, w = out["y_cover"].values, out["w_cover"].values
-    assert (y[of == 12] == 255).all() and (w[of == 12] == 0).all()
-    others = (of != 12) & (of >= 0)
-    assert np.array_equal(y[others], data["y_cover"].values[others]) and (w[others] == 1).all()
-    assert (
-        (w[of < 0] == 0).all()
-        and w.dtype == np.float32
-        and out["w_cover"].dims == data.y_cover.dims
-    )
-    assert (
-        out["y_cover"].attrs == {"note": "kept"} and (data["y_cover"].values[of == 12] == 0).all()
-    )
-    assert report == {"labels": 7, "suspects": 1, "suspects_pct": pytest.approx(14.286, abs=1e-3),
-                      "dropped": 1, "down_weighted": 0, "kept_for_their_class": 0,
-                      "dropped_px": 9}  # fmt: skip
+def test_cleaning_takes_noise_away() -> None:
+    """The matrix for the loss is that of the labels trained on."""
+    x, y, fold, of, _, _ = polygons(0.3)
+    review = review_in_rounds(x, y, fold, logistic, of)
+    before, after = transition(review), transition(review, label_weights(review))
+    assert before.sum(axis=1) == pytest.approx(1) and after.sum(axis=1) == pytest.approx(1)
+    assert np.diag(before) == pytest.approx(0.7, abs=0.12) and np.diag(after).min() > 0.95
 
 
-def test_chips_weigh_their_suspects_on_top_of_other_weights(
-    chips: tuple[xr.Dataset, np.ndarray],
-) -> None:
-    data, of = chips
-    data = data.assign(w_cover=(data.y_cover.dims, np.full(of.shape, 0.5, np.float32)))
-    out, report = clean_chips(data, "cover", of, reviewed(), how="weigh", least=1)
-    assert out["w_cover"].values[of == 12] == pytest.approx(0.5 * 0.1 / 0.9)
-    assert (out["w_cover"].values[(of != 12) & (of >= 0)] == 0.5).all()
-    assert np.array_equal(out["y_cover"].values, data["y_cover"].values)
-    assert report["down_weighted"] == 1 and report["dropped_px"] == 0
+def test_a_label_that_is_not_judged_still_teaches() -> None:
+    """Labels without an id have no part in the verdict, but models learn from them every round."""
+    x, y, fold, of, _, _ = polygons(0.2, labels=60)
+    seen: list[int] = []
 
+    def counting(fx: np.ndarray, fy: np.ndarray):
+        seen.append(int((fx[:, 0] > 1e8).sum()))
+        return logistic(np.minimum(fx, 10), fy)
 
-def test_chips_refuse_what_does_not_fit(chips: tuple[xr.Dataset, np.ndarray]) -> None:
-    data, of = chips
-    for task in ("none", "height"):
-        with pytest.raises(LabelError, match="no segmentation task"):
-            clean_chips(data, task, of, reviewed())
-    with pytest.raises(LabelError, match="label ids"):
-        clean_chips(data, "cover", of[:1], reviewed())
-    gone = data.assign(w_cover=(data.y_cover.dims, np.zeros(of.shape, np.float32)))
-    with pytest.raises(LabelError, match="without weight"):
-        clean_chips(gone, "cover", of, reviewed())
+    free = of >= 50
+    marked = np.where(free[:, None], 1e9, x)
+    review = review_in_rounds(marked, y, fold, counting, np.where(free, -1, of))
+    assert review.ids.max() == 49 and len(seen) == 12
+    assert seen[:4] == seen[4:8] == seen[8:] and min(seen) > 0
 
 
 def places(count: int) -> gpd.GeoDataFrame:
@@ -279,16 +261,16 @@ def test_the_review_is_a_geopackage_with_the_surest_first(tmp_path: Path) -> Non
     assert count == review.flags.sum() > 20
     assert pyogrio.list_layers(path)[:, 0].tolist() == [SUSPECTS_LAYER]
     found = gpd.read_file(path, layer=SUSPECTS_LAYER)
-    assert list(found.columns) == ["label_id", "class", "suggested", "score", "p_class",
-                                   "p_suggested", "pixels", "geometry"]  # fmt: skip
+    assert list(found.columns) == ["label_id", "class", "likely", "score", "p_class",
+                                   "p_likely", "pixels", "geometry"]  # fmt: skip
     assert found.crs == labels.crs and found["score"].is_monotonic_decreasing
     assert sorted(found["label_id"]) == np.flatnonzero(review.flags).tolist()
     place = labels.set_index("label_id").geometry
     for row in found.itertuples():
         i = int(row.label_id)
         assert row.geometry.equals(place[i]) and row.pixels == 12
-        assert (row[2], row.suggested) == (NAMES[review.given[i]], NAMES[review.suggested[i]])
-        assert row.p_suggested == pytest.approx(review.mean[i, review.suggested[i]], abs=1e-4)
+        assert (row[2], row.likely) == (NAMES[review.given[i]], NAMES[review.likely[i]])
+        assert row.p_likely == pytest.approx(review.mean[i, review.likely[i]], abs=1e-4)
     again = tmp_path / "again.gpkg"
     write_review(again, review, labels, NAMES)
     assert again.read_bytes() == path.read_bytes()
@@ -300,7 +282,7 @@ def test_no_suspect_is_an_empty_layer(tmp_path: Path) -> None:
     path = tmp_path / "suspects.gpkg"
     assert write_review(path, review_labels(p, np.array([0, 1])), places(2), NAMES[:2]) == 0
     found = gpd.read_file(path, layer=SUSPECTS_LAYER)
-    assert len(found) == 0 and "suggested" in found and found.crs.to_epsg() == 32633
+    assert len(found) == 0 and "likely" in found and found.crs.to_epsg() == 32633
 
 
 def test_a_review_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,15 @@ from odc.geo.geobox import GeoBox
 from shapely import Point, box
 
 from terraloom.errors import FoldError
-from terraloom.labels.folds import FoldMap, _score, assign_folds, audit_folds, overlap_groups
+from terraloom.labels.dealing import score
+from terraloom.labels.folds import (
+    FoldMap,
+    assign_folds,
+    audit_folds,
+    label_years,
+    overlap_groups,
+    place_groups,
+)
 
 # 12 x 12 blocks of 100 m; the upper left corner is (0, 1200).
 GEOBOX = GeoBox((120, 120), Affine(10, 0, 0, 0, -10, 1200), "EPSG:32633")
@@ -164,10 +172,10 @@ def test_a_class_in_one_fold_only_is_worse_than_gaps_elsewhere() -> None:
     alone = np.array([[1, 0.5, 0.5], [0, 0.5, 0.5], [0, 0.0, 0.0]])
     gaps = np.array([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0.0, 0.0]])
     scattered_gaps = np.array([[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
-    assert _score(scattered_gaps) < _score(gaps) < _score(alone)
+    assert score(scattered_gaps) < score(gaps) < score(alone)
     four = np.array([[1, 0.25], [0, 0.25], [0, 0.25], [0, 0.25]])  # three gaps
     spread = np.array([[0.5, 0.5], [0.5, 0.5], [0, 0], [0.0, 0]])  # two empty folds
-    assert _score(four) < _score(spread)
+    assert score(four) < score(spread)
 
 
 def test_blocks_can_be_dealt_by_distances() -> None:
@@ -201,3 +209,146 @@ def test_blocks_can_be_dealt_by_distances() -> None:
         for b, f in zip(matched["block"], matched["fold"], strict=True)
     )
     assert matched.groupby("fold")["stratum"].nunique().eq(2).all()
+
+
+# --- groups, regions, years ----------------------------------------------------------------------
+
+
+def test_a_group_across_blocks_goes_whole_to_the_block_with_most_of_its_area() -> None:
+    shapes = [box(10, 1150, 20, 1160), box(510, 510, 560, 560), box(1110, 10, 1120, 20),
+              box(710, 710, 720, 720), box(120, 1150, 130, 1160)]  # fmt: skip
+    labels = labels_of(shapes, [0] * 5).assign(group=["p", "p", "p", None, None])
+    out, _ = folds_of(labels, count=2)
+    assert out["block"].tolist()[:3] == [6 * 12 + 5] * 3
+    assert out["fold"].nunique() == 2
+    assert out["fold"].iloc[:3].nunique() == 1
+    # Labels without a group stay where they are; NaN is no group either.
+    assert out["block"].tolist()[3:] == [4 * 12 + 7, 1]
+    again, _ = folds_of(labels.assign(group=["p", "p", "p", np.nan, np.nan]), count=2)
+    assert again["block"].tolist() == out["block"].tolist()
+
+
+def test_groups_and_overlaps_chain() -> None:
+    """a and b are one parcel, c overlaps b, d is of c's survey: all four are one place."""
+    shapes = [box(0, 0, 10, 10), box(500, 0, 510, 10), box(505, 0, 520, 10), box(900, 0, 910, 10),
+              box(700, 0, 710, 10)]  # fmt: skip
+    labels = labels_of(shapes, [0] * 5).assign(group=["p1", "p1", "s7", "s7", "q"])
+    assert place_groups(labels).tolist()[:4] == [place_groups(labels)[0]] * 4
+    assert len(set(place_groups(labels))) == 2
+    # One id in the files of two tasks need not be one thing.
+    tasks = labels.assign(task=["x", "x", "x", "y", "x"])
+    assert len(set(place_groups(tasks))) == 3
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(2, 4))
+def test_no_group_is_in_two_folds(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    group = np.array([f"g{k}" for k in rng.integers(0, 60, 150)], object)
+    group[rng.random(150) < 0.3] = None
+    labels = scattered(150, seed).assign(group=group)
+    out, _ = folds_of(labels, count=count, seed=seed)
+    assert (out.dropna(subset="group").groupby("group")["fold"].nunique() == 1).all()
+    assert audit_folds(out)["overlaps_across_folds"] == 0
+
+
+def test_fewer_groups_than_folds() -> None:
+    shapes = [box(x, 510, x + 10, 520) for x in range(10, 1200, 100)]
+    labels = labels_of(shapes, [0] * 12).assign(group=["west"] * 6 + ["east"] * 6)
+    with pytest.raises(FoldError, match="form 2 groups, too few for 4 folds") as caught:
+        folds_of(labels)
+    assert "group_column" in caught.value.fix
+    assert folds_of(labels, count=2)[0]["fold"].nunique() == 2
+
+
+def quarters() -> gpd.GeoDataFrame:
+    """Four regions of 600 m."""
+    shapes = [box(x, y, x + 600, y + 600) for x in (0, 600) for y in (0, 600)]
+    return gpd.GeoDataFrame(geometry=shapes, crs="EPSG:32633")
+
+
+def test_whole_regions_are_held_out() -> None:
+    labels = scattered(200, 3)
+    how = {"geobox": GEOBOX, "block_m": 100, "seed": 1, "names": NAMES}
+    out, fold_map = assign_folds(labels, count=4, regions=quarters(), **how)
+    assert out["region"].nunique() == out["fold"].nunique() == 4
+    assert (out.groupby("region")["fold"].nunique() == 1).all()
+    # Pixels without a label have the fold of their region.
+    of_region = out.groupby("region")["fold"].first()
+    folds = fold_map.folds(GEOBOX)
+    for region, (rows, cols) in enumerate([(60, 0), (0, 0), (60, 60), (0, 60)]):
+        assert np.all(folds[rows : rows + 60, cols : cols + 60] == of_region[region])
+    two, _ = assign_folds(labels, count=2, regions=quarters(), **how)
+    assert two.groupby("fold")["region"].nunique().tolist() == [2, 2]
+    assert two.groupby("fold")["stratum"].nunique().eq(3).all()
+
+
+def test_overlaps_across_the_border_of_regions_stay_together() -> None:
+    labels = labels_of([box(500, 100, 590, 190), box(580, 100, 640, 190), box(700, 700, 710, 710),
+                        box(100, 100, 110, 110)], [0] * 4)  # fmt: skip
+    out, _ = assign_folds(
+        labels, geobox=GEOBOX, block_m=100, seed=1, names=NAMES, count=2, regions=quarters()
+    )
+    assert out["region"].tolist() == [0, 0, 3, 0]
+
+
+def test_labels_in_no_region_are_counted() -> None:
+    labels = scattered(100, 2).assign(label_id=np.arange(100))
+    outside = int((labels.representative_point().x > 600).sum())
+    with pytest.raises(FoldError, match=f"{outside} of 100 labels lie in no region") as caught:
+        assign_folds(labels, geobox=GEOBOX, block_m=100, seed=1, names=NAMES, count=2,
+                     regions=quarters().iloc[:2])  # fmt: skip
+    assert "label_id" in caught.value.found
+    with pytest.raises(FoldError, match="4 regions, too few for 5 folds"):
+        assign_folds(labels, geobox=GEOBOX, block_m=100, seed=1, names=NAMES, count=5,
+                     regions=quarters())  # fmt: skip
+
+
+def test_whole_years_are_held_out() -> None:
+    n = 120
+    labels = scattered(n, 4).assign(date=[f"{2015 + k % 4}-06-01" for k in range(n)])
+    labels["group"] = "all one parcel"  # seen in every year: that is what is tested
+    how = {"geobox": GEOBOX, "block_m": 100, "seed": 1, "names": NAMES, "years": True}
+    out, fold_map = assign_folds(labels, count=4, **how)
+    assert (out.groupby("date")["fold"].nunique() == 1).all()
+    assert out["fold"].nunique() == 4
+    assert set(fold_map.fold_of_block) == {255}
+    assert FoldMap.from_record(fold_map.record(), GEOBOX).folds(GEOBOX).max() == 255
+    with pytest.raises(FoldError, match="4 years, too few for 5 folds"):
+        assign_folds(labels, count=5, **how)
+    labels.loc[[3, 7], "date"] = None
+    with pytest.raises(FoldError, match="2 of 120 labels have no date") as caught:
+        assign_folds(labels, count=4, **how)
+    assert "date_column" in caught.value.fix
+
+
+def test_a_class_of_one_year_is_named() -> None:
+    labels = scattered(40, 5).assign(date=[f"{2015 + k % 2}-06-01" for k in range(40)])
+    labels["stratum"] = np.where(labels["date"] == "2016-06-01", 0, [0, 0, 1, 0] * 10)
+    with pytest.raises(FoldError, match="'b' \\(year 2015\\) lie in one year only"):
+        assign_folds(labels, geobox=GEOBOX, block_m=100, seed=1, names=NAMES, count=2, years=True)
+
+
+def test_the_year_of_a_label_is_that_of_the_middle_of_its_dates() -> None:
+    labels = scattered(5, 1).assign(
+        date=["2018-10-01", "2018-01-01", "2019", None, "2020-02-29 10:00:00"],
+        date_end=["2019-07-31", "2018-12-31", None, None, None],
+    )
+    assert label_years(labels).tolist() == [2019, 2018, 2019, 0, 2020]
+    assert label_years(labels.drop(columns="date_end")).tolist() == [2018, 2018, 2019, 0, 2020]
+    assert label_years(labels.drop(columns=["date", "date_end"])).tolist() == [0] * 5
+
+
+def test_one_way_of_dealing_at_a_time() -> None:
+    with pytest.raises(FoldError, match="more than one"):
+        assign_folds(scattered(20, 1), geobox=GEOBOX, block_m=100, seed=1, names=NAMES, count=2,
+                     years=True, regions=quarters())  # fmt: skip
+
+
+def test_audit_lists_folds() -> None:
+    labels = labels_of([box(0, 0, 10, 10), box(40, 0, 50, 10), box(120, 0, 130, 10)], [0, 1, 1])
+    audit = audit_folds(labels.assign(fold=[0, 1, 1], **{"class": ["a", "b", None]}))
+    assert audit["per_fold"] == [
+        {"fold": 0, "labels": 1, "classes": 1, "nearest_m": 30.0, "median_m": 30.0},
+        {"fold": 1, "labels": 2, "classes": 1, "nearest_m": 30.0, "median_m": 70.0},
+    ]

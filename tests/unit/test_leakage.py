@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,9 +9,13 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
+from affine import Affine
+from odc.geo.geobox import GeoBox
 from shapely import MultiPoint, Point, box
 
+from support.parquet import read_parquet
 from terraloom.errors import FoldError
+from terraloom.labels.folds import assign_folds
 from terraloom.labels.knndm import group_folds, knndm, regular_points
 from terraloom.labels.leakage import (
     audit_leakage,
@@ -23,8 +26,8 @@ from terraloom.labels.leakage import (
     check_twins,
     check_years,
     degree_blocks,
-    split_scores,
 )
+from terraloom.train.baseline import split_scores
 
 DATA = Path(os.environ.get("TERRALOOM_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 KEYS = {"check", "item", "ok", "found", "allowed", "fix"}
@@ -165,6 +168,95 @@ def test_equal_series_under_two_ids_are_found() -> None:
     assert failed(check_twins(table, fold)) == []
 
 
+GEOBOX = GeoBox((800, 800), Affine(10, 0, 0, 0, -10, 8000), "EPSG:32633")
+
+
+def dealt(**keys: object) -> gpd.GeoDataFrame:
+    """Labels as the pipeline deals them: parcels as groups, two classes, three years."""
+    labels = clean().drop(columns=["block", "fold", "parcel"])
+    n = len(labels)
+    labels = labels.assign(
+        task="cover", stratum=np.arange(n) % 2, group=[f"farm {k // 4}" for k in range(n)],
+        date=[f"{2019 + k % 3}-07-01" for k in range(n)], date_end=None,
+    )  # fmt: skip
+    return assign_folds(
+        labels, geobox=GEOBOX, count=3, block_m=400, seed=1, names=["a", "b"], **keys
+    )[0]
+
+
+def stage_audit(labels: gpd.GeoDataFrame, **keys: object) -> list[dict[str, object]]:
+    years = {"image_years": [2019, 2020, 2021], "geobox": GEOBOX}
+    return audit_leakage(labels, **(years | keys))
+
+
+def test_dealt_labels_are_clean_and_each_injected_leak_is_found() -> None:
+    labels = dealt()
+    assert failed(stage_audit(labels)) == []
+    other = int((labels["fold"].iloc[9] + 1) % 3)
+
+    near = labels.copy()
+    at = labels.geometry.iloc[9].centroid
+    near = with_row(near, 9, fold=other, group=None, geometry=box(at.x + 30, at.y, at.x + 60, at.y))
+    assert failed(stage_audit(near, least_m=50)).count("distance between folds") >= 1
+
+    twice = with_row(labels, 9, fold=other, group=None)
+    assert "same place in two folds" in failed(stage_audit(twice))
+
+    farm = labels.copy()
+    farm.loc[9, "fold"] = other
+    leak = next(r for r in stage_audit(farm) if not r["ok"])
+    assert leak["check"] == "same group in two folds"
+    assert leak["item"] == f"group cover {labels['group'].iloc[9]}"
+
+    points = labels.set_geometry(labels.centroid)
+    beside = Point(points.geometry.iloc[9].x // 10 * 10 + 1, points.geometry.iloc[9].y)
+    pixel = with_row(points, 9, fold=other, group=None, geometry=beside)
+    assert failed(stage_audit(pixel)) == ["same source pixel in two folds"]
+    leak = next(r for r in stage_audit(pixel) if not r["ok"])
+    row, column = int((8000 - beside.y) // 10), int(beside.x // 10)
+    assert leak["item"] == f"pixel in row {row}, column {column}"
+
+    assert set(failed(stage_audit(labels, image_years=[2020]))) == {"label year"}
+
+
+def test_a_buffer_makes_near_labels_harmless_and_says_how_many() -> None:
+    shapes = np.array([Point(0, 0), Point(30, 0), Point(1000, 0)], object)
+    fold = np.array([0, 1, 1])
+    assert failed(check_distance(shapes, fold, least_m=50)) == ["distance between folds"] * 2
+    records = check_distance(shapes, fold, least_m=50, buffer_m=50)
+    assert failed(records) == []
+    assert "1 within the buffer of 50 m" in str(records[1]["found"])
+
+
+def test_one_id_in_two_tasks_is_two_groups() -> None:
+    labels = dealt()
+    labels.loc[9, "group"], labels.loc[9, "task"] = labels["group"].iloc[0], "height"
+    labels.loc[9, "fold"] = int((labels["fold"].iloc[0] + 1) % 3)
+    assert "same group in two folds" not in failed(stage_audit(labels))
+
+
+def test_with_years_places_repeat_but_no_year_is_in_two_folds() -> None:
+    labels = dealt(years=True)
+    of_2020 = int(labels.loc[labels["date"] == "2020-07-01", "fold"].iloc[0])
+    again = with_row(labels, 9, date="2020-05-01", fold=of_2020)
+    records = stage_audit(again, years=True)
+    assert failed(records) == []
+    assert "folds hold out years" in str(records[0]["found"])
+    again.loc[3, "fold"] = int((again["fold"].iloc[3] + 1) % 3)
+    assert failed(stage_audit(again, years=True)) == ["same year in two folds"]
+
+
+def test_with_regions_no_region_is_in_two_folds() -> None:
+    regions = gpd.GeoDataFrame(
+        geometry=[box(x, 0, x + 2000, 8000) for x in range(0, 8000, 2000)], crs="EPSG:32633"
+    )
+    labels = dealt(regions=regions)
+    assert failed(stage_audit(labels)) == []
+    assert "same region in two folds" in [r["check"] for r in stage_audit(labels)]
+    labels.loc[3, ["fold", "group"]] = int((labels["fold"].iloc[3] + 1) % 3), None
+    assert failed(stage_audit(labels)) == ["same region in two folds"]
+
+
 def test_few_and_constant_values_may_be_equal_by_chance() -> None:
     fold = np.array([0, 1, 0, 1])
     assert failed(check_twins(np.zeros((4, 23)), fold)) == []
@@ -199,9 +291,9 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(FoldError, match="whole numbers"):
         check_pixels([1, 2], [0.5, 1])
     with pytest.raises(FoldError, match="one class only"):
-        split_scores(np.zeros((4, 2)), [1] * 4, [0, 0, 1, 1], rng=np.random.default_rng(0))
+        split_scores(np.zeros((4, 2)), [1] * 4, [0, 0, 1, 1], seed=0)
     with pytest.raises(FoldError, match="one fold only"):
-        split_scores(np.zeros((4, 2)), [1, 2, 1, 2], [0] * 4, rng=np.random.default_rng(0))
+        split_scores(np.zeros((4, 2)), [1, 2, 1, 2], [0] * 4, seed=0)
     with pytest.raises(FoldError, match="no year"):
         check_years([2020], [])
 
@@ -213,14 +305,13 @@ def test_random_folds_flatter_where_neighbours_are_alike_and_only_there() -> Non
     alike = rng.normal(size=(40, 5))[block] + rng.normal(0, 0.05, (600, 5))
     own = rng.integers(0, 2, 40)[block]
     fold = group_folds(block, count=5, rng=rng)
-    scores = split_scores(alike, own, fold, rng=np.random.default_rng(1), trees=30)
+    scores = split_scores(alike, own, fold, seed=1, trees=30)
     assert scores.random_accuracy > 0.97 and scores.blocked_accuracy < 0.75
-    assert "random folds would claim +" in scores.line()
-    assert scores.record()["samples"] == 600
+    assert scores.samples == 600
     signal = rng.normal(size=(600, 3))
-    scores = split_scores(signal, signal[:, 0] > 0, fold, rng=np.random.default_rng(1), trees=30)
+    scores = split_scores(signal, signal[:, 0] > 0, fold, seed=1, trees=30)
     assert abs(scores.random_accuracy - scores.blocked_accuracy) < 0.03
-    again = split_scores(signal, signal[:, 0] > 0, fold, rng=np.random.default_rng(1), trees=30)
+    again = split_scores(signal, signal[:, 0] > 0, fold, seed=1, trees=30)
     assert again == scores
 
 
@@ -236,9 +327,7 @@ def modis() -> tuple[pd.DataFrame, np.ndarray]:
     path = DATA / "sits/data/samples_modis_4bands.parquet"
     if not path.is_file():
         pytest.skip("needs the data folder (TERRALOOM_TEST_DATA)")
-    if not any(importlib.util.find_spec(m) for m in ("pyarrow", "fastparquet")):
-        pytest.skip("needs a reader of parquet files (pyarrow or fastparquet)")
-    rows = pd.read_parquet(path).sort_values(["sample", "date"], kind="stable")
+    rows = read_parquet(path).sort_values(["sample", "date"], kind="stable")
     series = rows.groupby("sample").first()
     table = rows[["NDVI", "EVI", "NIR", "MIR"]].to_numpy(np.float32).reshape(len(series), -1)
     assert table.shape == (1218, 23 * 4)
@@ -251,7 +340,7 @@ def test_the_price_of_random_folds_on_real_series(modis) -> None:
     series, table = modis
     block = degree_blocks(series["longitude"], series["latitude"])
     fold = group_folds(block, count=10, rng=np.random.default_rng(0))
-    scores = split_scores(table, series["label"], fold, rng=np.random.default_rng(0), trees=60)
+    scores = split_scores(table, series["label"], fold, seed=0, trees=60)
     assert scores.random_accuracy == pytest.approx(0.988, abs=0.01)
     # Which blocks are held out together is chance: .84 to .88 over deals to 5 folds.
     assert scores.blocked_accuracy == pytest.approx(0.878, abs=0.04)

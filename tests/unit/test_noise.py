@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from terraloom.errors import LabelError
-from terraloom.labels.noise import confident_thresholds, noise_matrix, suspect_labels
+from terraloom.labels.noise import (
+    confident_joint,
+    confident_thresholds,
+    noise_matrix,
+    suspect_labels,
+)
 
 
 def world(n: int = 4000, rate: float = 0.2, seed: int = 1) -> tuple[np.ndarray, ...]:
@@ -59,14 +64,31 @@ def test_noise_matrix_recovers_the_rates() -> None:
     given = np.array([[0.8, 0.2, 0.0], [0.1, 0.85, 0.05], [0.0, 0.0, 1.0]])
     true = rng.integers(0, 3, 60_000)
     label = (given.cumsum(axis=1)[true] < rng.random(len(true))[:, None]).sum(axis=1)
-    matrix = noise_matrix(label, true, 3)
+    joint = confident_joint(np.eye(3)[true], label)
+    matrix = noise_matrix(joint)
     assert matrix == pytest.approx(given, abs=0.01)
     assert matrix.sum(axis=1) == pytest.approx(1)
 
 
 def test_a_class_that_never_counts_has_no_error() -> None:
-    matrix = noise_matrix(np.array([0, 1, 0]), np.array([0, 0, 0]), 3)
+    joint = np.array([[2.0, 0, 0], [1.0, 0, 0], [0, 0, 0]])
+    matrix = noise_matrix(joint)
     assert matrix == pytest.approx(np.array([[2 / 3, 1 / 3, 0], [0, 1, 0], [0, 0, 1]]))
+    cautious = noise_matrix(joint, prior=1)
+    assert cautious == pytest.approx(np.array([[3 / 4, 1 / 4, 0], [0, 1, 0], [0, 0, 1]]))
+
+
+def test_labels_without_weight_are_no_noise() -> None:
+    p, label, wrong, _ = world()
+    sound = confident_joint(p, label, weights=~wrong)
+    assert sound.sum() == pytest.approx((~wrong).sum())
+    assert (
+        np.diag(noise_matrix(sound)).min()
+        > 0.99
+        > np.diag(noise_matrix(confident_joint(p, label))).max()
+    )
+    none = confident_joint(p, label, weights=np.zeros(len(label)))
+    assert none.sum() == 0 and np.array_equal(noise_matrix(none), np.eye(3))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

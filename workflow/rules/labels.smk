@@ -17,7 +17,7 @@ if building("chips"):
             runtime=minutes(30),
         params:
             config=keys("aoi", "grid", "tasks", "folds", "seed"),
-            code=code_digest("labels.chips"),
+            code=code_digest("labels.align"),
         message:
             "Read and align the labels, divide them into spatial folds"
         shell:

@@ -1,13 +1,14 @@
-"""From label files and cubes to training chips: the stage between ``cube`` and ``members``.
+"""From aligned labels and cubes to training chips: the stage between ``cube`` and ``members``.
 
-:func:`align_labels` reads all tasks' labels and deals them to folds; it needs no image.
-:func:`cut_chips` burns them, takes away what no image shows, and cuts windows with their inputs.
+:func:`cut_chips` burns the labels of :func:`terraloom.labels.align.align_labels`, takes away what
+no image shows, and cuts windows with their inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,27 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyogrio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.config.labels import Task
 from terraloom.errors import CoverageError, StateError
 from terraloom.grid import CampaignGrid, Tile, geobox_record, window_of
-from terraloom.io import atomic, read_json, read_store, write_json, write_store, write_text
-from terraloom.labels.folds import FoldMap, assign_folds, audit_folds
-from terraloom.labels.leakage import audit_leakage
-from terraloom.labels.rasterise import NO_LABEL, burn, eroded
-from terraloom.labels.read import read_labels
+from terraloom.io import read_store, write_json, write_store, write_text
+from terraloom.labels.align import burn_task, read_aligned
+from terraloom.labels.folds import NO_FOLD, FoldMap
+from terraloom.labels.rasterise import NO_LABEL
+from terraloom.labels.spool import Spool
 from terraloom.labels.time import weigh_chips
-from terraloom.legend import IGNORE_INDEX, Legend
+from terraloom.legend import IGNORE_INDEX
 from terraloom.log import get_logger
 from terraloom.preprocess.cube import channel_names, cube_inputs
 from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import INVALID, Reason
 
-__all__ = ["align_labels", "chip_windows", "cut_chips"]
+__all__ = ["chip_windows", "cut_chips"]
 
-#: Fold of padding pixels outside the grid.
-NO_FOLD = 255
-#: A fixed time stamp keeps GeoPackages byte-identical.
-_GPKG_TIME = "2000-01-01T00:00:00Z"
-_LAYER = "labels"
 #: Chips in one piece of the store: a few megabytes, and few entries in the zip file.
 _CHIPS_PER_CHUNK = 8
 
@@ -52,115 +46,21 @@ _FACTS = ("kind", "unit", "roles")
 log = get_logger(__name__)
 
 
-def align_labels(
-    campaign: Campaign, grid: CampaignGrid, legend: Legend, out_dir: Path | str
-) -> dict[str, Any]:
-    """Read the labels of all tasks, deal them to folds and write both.
-
-    Writes ``labels.json`` (what was kept, repaired, left out and why; the fold map; the leakage
-    audit) and ``folds.gpkg`` (all labels in the grid's CRS with task, class, value, date, block
-    and fold).
-
-    Args:
-        campaign: The campaign.
-        grid: Its grid.
-        legend: Classes of its segmentation task.
-        out_dir: Folder to write to.
-
-    Returns:
-        The report that stands in ``labels.json``.
-
-    Raises:
-        LabelError: A label file cannot be used.
-        FoldError: The labels cannot be divided into the folds asked for.
-    """
-    out = Path(out_dir)
-    parts, reports = [], {}
-    for s, task in enumerate(campaign.tasks):
-        is_map = task.kind is TaskKind.SEGMENTATION
-        labels, report = read_labels(task, grid, legend if is_map else None)
-        report["erosion"] = _erosion_report(labels, task)
-        value = labels["value"].to_numpy()
-        labels["task"] = task.name
-        labels["class"] = [legend.names[int(v)] for v in value] if is_map else None
-        labels["stratum"] = value.astype(np.int64) if is_map else len(legend) + s
-        parts.append(labels)
-        reports[task.name] = report
-        log.info("task %s: %d of %d labels kept", task.name, len(labels), report["rows"])
-    union = gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), crs=parts[0].crs)
-    union, fold_map = assign_folds(
-        union,
-        geobox=grid.geobox,
-        count=campaign.folds.count,
-        block_m=float(campaign.folds.block_m),
-        seed=campaign.seed,
-        names=[*legend.names, *(t.name for t in campaign.tasks)],
-        area=grid.aoi if campaign.folds.method == "knndm" else None,
-    )
-    leaks = audit_leakage(union, image_years=_image_years(campaign))
-    for r in leaks:
-        if not r["ok"]:
-            log.warning("%s of %s: %s; to do: %s", r["check"], r["item"], r["found"], r["fix"])
-    result = {
-        "campaign": campaign.name,
-        "classes": list(legend.names),
-        "tasks": reports,
-        "folds": fold_map.record() | {"labelled_blocks": int(union["block"].nunique())},
-        "audit": audit_folds(union),
-        "leakage": leaks,
-    }
-    _write_labels(out / "folds.gpkg", union)
-    write_json(out / "labels.json", result)
-    return result
-
-
-def _image_years(campaign: Campaign) -> list[int]:
-    """Years of the images; none where no label says its date."""
-    if not any(t.labels.date_column for t in campaign.tasks):
-        return []
-    return sorted({day.year for p in campaign.cube.periods for day in (p.start, p.end)})
-
-
-def _erosion_report(labels: gpd.GeoDataFrame, task: Task) -> dict[str, Any]:
-    erode_m = 0.0 if task.kind is TaskKind.BOUNDARY else task.labels.erode_m
-    polygons = np.asarray(labels.geometry.values[labels.area.to_numpy() > 0], dtype=object)
-    if erode_m == 0 or not len(polygons):
-        return {"erode_m": erode_m, "lost_area_pct": 0.0, "kept_whole": 0}
-    cores, whole = eroded(polygons, erode_m)
-    left = gpd.GeoSeries(cores).area.sum() / gpd.GeoSeries(polygons).area.sum()
-    lost = round(100 * (1 - float(left)), 2)
-    return {"erode_m": erode_m, "lost_area_pct": lost, "kept_whole": int(whole.sum())}
-
-
-def _write_labels(path: Path, labels: gpd.GeoDataFrame) -> None:
-    columns = ["task", "label_id", "class", "value", "date", "stratum", "block", "fold"]
-    frame = labels[[*columns, "geometry"]]
-    before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
-    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _GPKG_TIME})
-    try:
-        with atomic(path) as tmp:
-            tmp.unlink()  # GDAL refuses to make a GeoPackage out of an empty file
-            frame.to_file(tmp, driver="GPKG", layer=_LAYER, engine="pyogrio")
-    finally:
-        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
-
-
-def _read_aligned(out: Path, grid: CampaignGrid) -> tuple[gpd.GeoDataFrame, dict[str, Any]]:
-    report = read_json(out / "labels.json")
-    path = out / "folds.gpkg"
-    if not path.is_file():
-        raise StateError("the aligned labels are missing", where=str(path),
-                         fix="run the stage before")  # fmt: skip
-    # Written in this CRS; a WKT round trip may spell it differently.
-    labels = gpd.read_file(path, layer=_LAYER).set_crs(grid.crs, allow_override=True)
-    return labels, report
-
-
 @dataclass
 class _Burnt:
-    """Labels of one tile: values per task, fold and block of each pixel, all (H, W)."""
+    """Labels of one tile: values per task, fold and block of each pixel, all (H, W).
+
+    Attributes:
+        y: Value per task.
+        label: Per segmentation task, ``label_id`` of the pixel's label; -1 for none.
+        shares: Per task with soft labels (K, H, W) uint8, share of each class in 1/255.
+        fold: Fold.
+        block: Block.
+    """
 
     y: dict[str, npt.NDArray[Any]]
+    label: dict[str, npt.NDArray[np.int32]]
+    shares: dict[str, npt.NDArray[np.uint8]]
     fold: npt.NDArray[np.uint8]
     block: npt.NDArray[np.int32]
 
@@ -202,7 +102,7 @@ def cut_chips(
 
     Chips tile each campaign tile from its upper left corner and never cross tiles; what reaches
     beyond a tile is NaN, without label and without fold. A pixel without a clear observation in
-    any period has no label. Needs the files of :func:`align_labels` in ``out_dir``; writes
+    any period has no label. Needs the files of ``align_labels`` in ``out_dir``; writes
     ``chips.zip`` and ``metrics.json``.
 
     Args:
@@ -219,53 +119,56 @@ def cut_chips(
         CoverageError: No label lies on a pixel with a clear observation.
     """
     out = Path(out_dir)
-    labels, report = _read_aligned(out, grid)
+    labels, report = read_aligned(out, grid)
     folds = FoldMap.from_record(report["folds"], grid.geobox)
     by_task = {
         t.name: labels[labels["task"] == t.name].reset_index(drop=True) for t in campaign.tasks
     }
     tallies = {t.name: _Tally() for t in campaign.tasks}
-    chips: list[dict[str, Any]] = []
     channels: dict[str, list[str]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for tile in grid.tiles():
-        burnt = _burn_tile(campaign, by_task, folds, tile.geobox, tallies)
-        if not any(_has_label(y).any() for y in burnt.y.values()):
-            continue
-        path = Path(cube_dir) / f"{tile.name}.zip"
-        chips += _chips_of_tile(campaign, grid, tile, path, burnt, tallies, channels, facts)
-    if not chips:
-        raise CoverageError(
-            f"none of the {len(labels)} labels lies where a period has a clear observation",
-            where=f"campaign {campaign.name}", allowed="at least one labelled, clear pixel",
-            fix="longer or other cube.periods, or labels elsewhere",
-        )  # fmt: skip
-    classes = list(report["classes"])
-    dataset = _dataset(campaign, grid, chips, channels, facts, classes)
-    dataset, timing = _weighed(campaign, dataset, labels, out)
-    metrics = _metrics(campaign, dataset, tallies, report, classes) | {"time": timing}
-    write_store(out / "chips.zip", dataset)
+    with Spool(out) as spool:
+        for tile in grid.tiles():
+            burnt = _burn_tile(campaign, by_task, report, folds, tile.geobox, tallies)
+            if not any(_has_label(y).any() for y in burnt.y.values()):
+                continue
+            path = Path(cube_dir) / f"{tile.name}.zip"
+            _chips_of_tile(campaign, grid, tile, path, burnt, tallies, channels, facts, spool)
+        if not spool.count:
+            raise CoverageError(
+                f"none of the {len(labels)} labels lies where a period has a clear observation",
+                where=f"campaign {campaign.name}", allowed="at least one labelled, clear pixel",
+                fix="longer or other cube.periods, or labels elsewhere",
+            )  # fmt: skip
+        classes = list(report["classes"])
+        dataset = _dataset(campaign, grid, spool.arrays(), channels, facts, classes)
+        timing = _timing(campaign, dataset, labels, out)
+        metrics = _metrics(campaign, dataset, tallies, report, classes) | {"time": timing}
+        write_store(out / "chips.zip", dataset)
     write_json(out / "metrics.json", metrics)
-    log.info("%d chips of %d px", len(chips), campaign.chips.size_px)
+    log.info("%d chips of %d px", metrics["chips"], campaign.chips.size_px)
     return metrics
 
 
-def _weighed(
+def _timing(
     campaign: Campaign, chips: xr.Dataset, labels: gpd.GeoDataFrame, out: Path
-) -> tuple[xr.Dataset, dict[str, Any]]:
-    """Weights of labels by their time, for the tasks that ask for it; each label's to a table."""
+) -> dict[str, Any]:
+    """How labels would weigh by their time, for the tasks that ask for it; to a table.
+
+    For people only: what is trained with is found anew for each held-out fold, without its labels.
+    """
     timing: dict[str, Any] = {}
     for t in campaign.tasks:
         if t.labels.tau_days is None and t.labels.drop_changed is None:
             continue
-        chips, timing[t.name] = weigh_chips(
+        _, timing[t.name] = weigh_chips(
             chips, labels, t.name, periods=campaign.cube.periods, tau_days=t.labels.tau_days,
             drop_changed=t.labels.drop_changed, erode_m=t.labels.erode_m,
         )  # fmt: skip
         table = pd.DataFrame(timing[t.name].pop("per_label"))
         write_text(out / f"label_time-{t.name}.csv", table.to_csv(index=False, lineterminator="\n"))
         log.info("task %s: labels by their time: %s", t.name, timing[t.name])
-    return chips, timing
+    return timing
 
 
 def _has_label(y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -275,6 +178,7 @@ def _has_label(y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 def _burn_tile(
     campaign: Campaign,
     by_task: Mapping[str, gpd.GeoDataFrame],
+    report: Mapping[str, Any],
     folds: FoldMap,
     geobox: GeoBox,
     tallies: Mapping[str, _Tally],
@@ -290,14 +194,15 @@ def _burn_tile(
     tasks = sorted(campaign.tasks, key=lambda t: t.kind is not TaskKind.SEGMENTATION)
     for task in tasks:
         mine = by_task[task.name]
-        burned = burn(mine, geobox, kind=task.kind, erode_m=task.labels.erode_m)
+        read = report["tasks"][task.name]
+        burned = burn_task(mine, geobox, task, read, len(report["classes"]))
         tallies[task.name].overlap += int(burned.conflict.sum())
         take = free & (burned.label != NO_LABEL)
         fold[take] = mine["fold"].to_numpy()[burned.label[take]]
         block[take] = mine["block"].to_numpy()[burned.label[take]]
         free &= ~take
         done[task.name] = burned, mine["fold"].to_numpy(dtype=np.int64)
-    y = {}
+    y, label, shares = {}, {}, {}
     for name, (burned, fold_of) in done.items():
         value = burned.value.copy()
         has = _has_label(value)
@@ -305,7 +210,16 @@ def _burn_tile(
         _forget(value, other)
         tallies[name].between_folds += int(other.sum())
         y[name] = value
-    return _Burnt(y, fold, block)
+        if value.dtype == np.uint8:
+            ids = by_task[name]["label_id"].to_numpy(dtype=np.int32)
+            label[name] = np.where(_has_label(value), ids[burned.label], NO_LABEL)
+        if burned.shares is not None:
+            shares[name] = _bytes_of(burned.shares, _has_label(value))
+    return _Burnt(y, label, shares, fold, block)
+
+
+def _bytes_of(shares: npt.NDArray[Any], where: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    return np.asarray(np.rint(255 * np.where(where, shares, 0)), dtype=np.uint8)
 
 
 def _forget(y: npt.NDArray[Any], where: npt.NDArray[np.bool_]) -> None:
@@ -321,7 +235,8 @@ def _chips_of_tile(
     tallies: Mapping[str, _Tally],
     channels: dict[str, list[str]],
     facts: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
+    spool: Spool,
+) -> None:
     cube = read_store(path)
     if cube["reasons"].shape != tile.geobox.shape:
         raise StateError(
@@ -342,11 +257,9 @@ def _chips_of_tile(
     h, w = tile.geobox.shape
     windows = [at for at in chip_windows((h, w), size) if labelled[at].any()]
     inputs = cube_inputs(cube) if windows else {}
-    return [
-        _chip(inputs, burnt, window, size)
-        | {"row": rows.start + window[0].start, "col": cols.start + window[1].start}
-        for window in windows
-    ]
+    for window in windows:
+        at = {"row": rows.start + window[0].start, "col": cols.start + window[1].start}
+        spool.add(_chip(inputs, burnt, window, size) | {k: np.int64(v) for k, v in at.items()})
 
 
 def _mask(burnt: _Burnt, reasons: npt.NDArray[np.uint8], tallies: Mapping[str, _Tally]) -> None:
@@ -364,6 +277,9 @@ def _mask(burnt: _Burnt, reasons: npt.NDArray[np.uint8], tallies: Mapping[str, _
                 key = str(reason.name).lower()
                 tally.reasons[key] = tally.reasons.get(key, 0) + n
         _forget(y, lost)
+        for part in (burnt.label, burnt.shares):
+            if name in part:
+                part[name][..., lost] = -1 if part is burnt.label else 0
 
 
 def _chip(
@@ -380,6 +296,10 @@ def _chip(
     for name, y in burnt.y.items():
         fill = IGNORE_INDEX if y.dtype == np.uint8 else np.nan
         chip[f"y_{name}"] = _padded(y[window], size, fill)
+    for name, label in burnt.label.items():
+        chip[f"label_{name}"] = _padded(label[window], size, NO_LABEL)
+    for name, share in burnt.shares.items():
+        chip[f"s_{name}"] = _padded(share[(slice(None), *window)], size, 0)
     chip["fold"] = _padded(burnt.fold[window], size, NO_FOLD)
     chip["block"] = _padded(burnt.block[window], size, -1)
     return chip
@@ -394,34 +314,44 @@ def _padded(a: npt.NDArray[Any], size: int, fill: float) -> npt.NDArray[Any]:
 def _dataset(
     campaign: Campaign,
     grid: CampaignGrid,
-    chips: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, npt.NDArray[Any]],
     channels: Mapping[str, list[str]],
     facts: Mapping[str, dict[str, Any]],
     classes: list[str],
 ) -> xr.Dataset:
-    """Chips as one dataset: ``x_<group>``, ``y_<task>``, ``fold``, ``block`` along ``n``."""
+    """Chips as one dataset: ``x_<group>``, ``y_<task>``, ``fold``, ``block`` along ``n``.
+
+    Further ``label_<task>``, the label of each pixel, and ``s_<task>``, shares of the classes.
+    """
     data: dict[str, Any] = {}
-    for name in (k for k in chips[0] if k not in ("row", "col")):
+    for name, values in arrays.items():
+        if name in ("row", "col"):
+            continue
         dims: tuple[str, ...] = ("n", "y_10", "x_10")
         if name.startswith("x_"):
             res = 10 * group_factor(name[2:])
             dims = ("n", f"channel_{name[2:]}", f"y_{res}", f"x_{res}")
-        values = np.stack([c[name] for c in chips])
+        elif name.startswith("s_"):
+            dims = ("n", "class", "y_10", "x_10")
         chunks = (min(_CHIPS_PER_CHUNK, len(values)), *values.shape[1:])
         known = facts.get(name[2:], {}) if name.startswith("x_") else {}
         data[name] = xr.Variable(dims, values, known, encoding={"chunks": chunks})
-    coords: dict[str, Any] = {
-        k: ("n", np.array([c[k] for c in chips], dtype=np.int64)) for k in ("row", "col")
-    }
+    coords: dict[str, Any] = {k: ("n", np.array(arrays[k])) for k in ("row", "col")}
     # As objects they become zarr's own string type; numpy's fixed width is not in its standard.
     coords |= {f"channel_{g}": np.array(names, dtype=object) for g, names in channels.items()}
     attrs = geobox_record(grid.geobox) | {
         "size_px": campaign.chips.size_px,
         "folds": campaign.folds.count,
         "classes": classes,
+        "days": {p.name: _middle(p.start, p.end) for p in campaign.cube.periods},
         "tasks": [{"name": t.name, "kind": str(t.kind), "unit": t.unit} for t in campaign.tasks],
     }
     return xr.Dataset(data, coords, attrs)
+
+
+def _middle(start: date, end: date) -> float:
+    """Middle of a period, days since 1970-01-01."""
+    return (start.toordinal() + end.toordinal()) / 2 - date(1970, 1, 1).toordinal()
 
 
 def _metrics(

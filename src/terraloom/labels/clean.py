@@ -20,24 +20,23 @@ import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import pyogrio
-import xarray as xr
 
 from terraloom.errors import FoldError, LabelError
 from terraloom.io import atomic
-from terraloom.labels.noise import confident_thresholds, suspect_labels
-from terraloom.labels.rasterise import NO_LABEL
+from terraloom.labels.noise import confident_joint, noise_matrix, suspect_labels
 from terraloom.legend import IGNORE_INDEX
 
 __all__ = [
     "SUSPECTS_LAYER",
     "Cleaning",
     "LabelReview",
-    "clean_chips",
-    "confident_joint",
     "held_out_probabilities",
     "label_weights",
+    "pixel_weights",
+    "review_counts",
     "review_in_rounds",
     "review_labels",
+    "transition",
     "write_review",
 ]
 
@@ -52,8 +51,6 @@ Fit = Callable[[npt.NDArray[Any], npt.NDArray[Any]], Predict]
 SUSPECTS_LAYER = "suspects"
 #: A fixed time stamp keeps GeoPackages byte-identical.
 _GPKG_TIME = "2000-01-01T00:00:00Z"
-#: A probability this far below its threshold still reaches it: both are sums of rounded numbers.
-_ROUNDING = 1e-6
 #: A class keeps at least this many labels: one that the model cannot see is not cleaned away.
 _LEAST_LABELS = 3
 
@@ -65,19 +62,19 @@ class LabelReview:
     Attributes:
         ids: (L,) label ids, ascending.
         given: (L,) class index of the label.
-        suggested: (L,) class that counts; the label's own where none speaks against it.
-        flags: (L,) ``given`` and ``suggested`` differ: the label is probably wrong.
+        likely: (L,) class that counts; the label's own where none speaks against it.
+        flags: (L,) ``given`` and ``likely`` differ: the label is probably wrong.
         score: (L,) 0-1, 1 = surely wrong: (1 + p_other - p_given) / 2 with the most probable
             other class; .5 is a tie. Independent of the thresholds that flag.
         mean: (L, K) mean held-out probability over the label's pixels.
         pixels: (L,) pixels of the label.
         noise: (K, K) estimated probability of a label (column) given the true class (row), from
-            the calibrated :func:`confident_joint`; for forward correction.
+            the calibrated confident joint; for calibration. For training see :func:`transition`.
     """
 
     ids: npt.NDArray[np.int64]
     given: npt.NDArray[np.intp]
-    suggested: npt.NDArray[np.intp]
+    likely: npt.NDArray[np.intp]
     flags: npt.NDArray[np.bool_]
     score: Float
     mean: Float
@@ -124,35 +121,6 @@ def held_out_probabilities(
     return out
 
 
-def confident_joint(
-    probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], *, calibrated: bool = True
-) -> Float:
-    """Labels (row) against the true classes that held-out predictions are sure of, (K, K).
-
-    Only samples for which a class reaches its threshold count; of several, the most probable one
-    does. Samples nobody is sure of are often wrong as well: to take them as they are, as
-    :func:`terraloom.labels.noise.noise_matrix` does, makes the noise look smaller than it is.
-
-    Args:
-        probabilities: (L, K) held-out class probabilities.
-        labels: (L,) class index.
-        calibrated: Scale each row to the number of its labels; a label that nobody is sure of
-            counts as right.
-    """
-    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels).astype(np.intp)
-    sure = p >= confident_thresholds(p, y) - _ROUNDING  # NaN threshold: never
-    some = sure.any(axis=1)
-    best = np.where(sure, p, -1.0).argmax(axis=1)
-    joint = np.zeros((p.shape[1], p.shape[1]))
-    np.add.at(joint, (y[some], best[some]), 1.0)
-    if calibrated:
-        count = np.bincount(y, minlength=len(joint))
-        none = np.flatnonzero(joint.sum(axis=1) == 0)
-        joint[none, none] = count[none]
-        joint *= (count / np.maximum(joint.sum(axis=1), 1.0))[:, None]
-    return joint
-
-
 def review_in_rounds(
     x: npt.NDArray[Any],
     y: npt.NDArray[Any],
@@ -187,7 +155,7 @@ def review_in_rounds(
         p = held_out_probabilities(x, y, fold, fit, use=use)
         review = review_labels(p, y, ids)
         at = np.minimum(np.searchsorted(review.ids, ids), len(review.ids) - 1)
-        use = (label_weights(review) > 0)[at] & (review.ids[at] == ids)
+        use = (label_weights(review) > 0)[at] | (review.ids[at] != ids)  # who is not judged stays
     return review
 
 
@@ -230,16 +198,13 @@ def review_labels(
     classes = p.shape[1]
     sums = [np.bincount(where, p[:, k], minlength=len(ids)) for k in range(classes)]
     mean = np.stack(sums, axis=1) / pixels[:, None]
-    flags, suggested = suspect_labels(mean, given)
+    flags, likely = suspect_labels(mean, given)
     row = np.arange(len(ids))
-    joint = confident_joint(mean, given)
-    unseen = np.flatnonzero(joint.sum(axis=0) == 0)
-    joint[unseen, unseen] = 1.0  # a class that never counts is taken as labelled without error
-    noise = (joint / joint.sum(axis=0)).T
+    noise = noise_matrix(confident_joint(mean, given))
     other = mean.copy()
     other[row, given] = -np.inf
     score = (1 + other.max(axis=1) - mean[row, given]) / 2
-    return LabelReview(ids, given, suggested, flags, score, mean, pixels, noise)
+    return LabelReview(ids, given, likely, flags, score, mean, pixels, noise)
 
 
 def _judged(
@@ -281,7 +246,7 @@ def label_weights(
 
     Args:
         review: The review.
-        how: ``drop``: suspects get 0. ``weigh``: p_given / p_suggested, below 1.
+        how: ``drop``: suspects get 0. ``weigh``: p_given / p_likely, below 1.
         least: A class keeps at least this many labels with full weight (all it has where it has
             fewer): its least doubtful suspects stay.
 
@@ -291,8 +256,8 @@ def label_weights(
     if how not in ("drop", "weigh"):
         raise LabelError(f"how = {how!r}", where="label cleaning", allowed="drop, weigh")
     row = np.arange(len(review.ids))
-    suggested = np.maximum(review.mean[row, review.suggested], 1e-12)
-    doubt = np.zeros(len(row)) if how == "drop" else review.mean[row, review.given] / suggested
+    likely = np.maximum(review.mean[row, review.likely], 1e-12)
+    doubt = np.zeros(len(row)) if how == "drop" else review.mean[row, review.given] / likely
     weight = np.where(review.flags, np.minimum(doubt, 1.0), 1.0)
     for k in np.unique(review.given):
         mine = np.flatnonzero(review.given == k)
@@ -303,68 +268,45 @@ def label_weights(
     return weight
 
 
-def clean_chips(
-    chips: xr.Dataset,
-    task: str,
-    label_of: npt.NDArray[Any],
-    review: LabelReview,
-    *,
-    how: Cleaning = "drop",
-    least: int = _LEAST_LABELS,
-) -> tuple[xr.Dataset, dict[str, Any]]:
-    """Take suspect labels out of chips, or give them less weight.
+def transition(review: LabelReview, weights: Float | None = None) -> Float:
+    """Label noise that training meets, for the loss ``forward``: (K, K), rows sum to 1.
 
     Args:
-        chips: Chips as :func:`terraloom.labels.chips.cut_chips` writes them.
-        task: Name of a segmentation task.
-        label_of: (n, H, W) id of the label of each pixel, -1 = none; ids as in the review. Labels
-            that were not judged stay as they are.
         review: The review.
-        how: See :func:`label_weights`.
-        least: See :func:`label_weights`.
+        weights: (L,) weights of the labels in training: what cleaning has taken away is no noise
+            any more. Default: all labels count.
 
     Returns:
-        Chips with ``w_<task>`` (n, y_10, x_10) float32, times the weight there was before, 0 where
-        there is no label, and ``y_<task>`` without dropped labels; and counts.
-
-    Raises:
-        LabelError: No such task, other pixels than the chips', or no label is left.
+        Probability of a label (column) given the true class (row); one right label per class is
+        added, so that few labels make no certainty.
     """
-    name = f"y_{task}"
-    if name not in chips or chips[name].dtype != np.uint8:
-        raise LabelError(f"no segmentation task {task!r} in the chips", where="chips")
-    old = chips[name]
+    return noise_matrix(confident_joint(review.mean, review.given, weights=weights), prior=1.0)
+
+
+def pixel_weights(
+    review: LabelReview, weights: Float, label_of: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """Weights of labels spread to their pixels, float32; 1 where a label was not judged.
+
+    Args:
+        review: The review.
+        weights: (L,) weights of its labels, of :func:`label_weights`.
+        label_of: Label id of each pixel, any shape; ids as in the review.
+    """
     of = np.asarray(label_of)
-    if of.shape != old.shape:
-        raise LabelError(f"label ids {of.shape} for chips {old.shape}", where=f"task {task}")
-    each = label_weights(review, how, least=least)
     at = np.minimum(np.searchsorted(review.ids, of), len(review.ids) - 1)
-    judged = (of != NO_LABEL) & (review.ids[at] == of)
-    has = old.values != IGNORE_INDEX
-    before = chips[f"w_{task}"].values if f"w_{task}" in chips else has.astype(np.float32)
-    w = np.where(has, before * np.where(judged, each[at], 1.0), 0.0).astype(np.float32)
-    gone = has & judged & (each[at] == 0)
-    if has.any() and not (w > 0).any():
-        raise LabelError(
-            f"all {len(each)} labels end up without weight", where=f"task {task}",
-            allowed="at least one sound label", fix="check the labels and their legend",
-        )  # fmt: skip
-    stored = {k: v for k, v in old.encoding.items() if k == "chunks"}
-    y = np.where(gone, np.uint8(IGNORE_INDEX), old.values)
-    out = chips.assign(
-        {
-            f"w_{task}": xr.Variable(old.dims, w, encoding=stored),
-            name: xr.Variable(old.dims, y, old.attrs, encoding=stored),
-        }
-    )
-    return out, {
-        "labels": len(each),
+    return np.where(review.ids[at] == of, weights[at], 1.0).astype(np.float32)
+
+
+def review_counts(review: LabelReview, weights: Float) -> dict[str, Any]:
+    """What cleaning did, for records: counts of labels, and the suspects' share (percent)."""
+    return {
+        "labels": len(weights),
         "suspects": int(review.flags.sum()),
         "suspects_pct": round(100 * float(review.flags.mean()), 3),
-        "dropped": int((each == 0).sum()),
-        "down_weighted": int(((each > 0) & (each < 1)).sum()),
-        "kept_for_their_class": int((review.flags & (each == 1)).sum()),
-        "dropped_px": int(gone.sum()),
+        "dropped": int((weights == 0).sum()),
+        "down_weighted": int(((weights > 0) & (weights < 1)).sum()),
+        "kept_for_their_class": int((review.flags & (weights == 1)).sum()),
     }
 
 
@@ -373,8 +315,8 @@ def write_review(
 ) -> int:
     """Write the suspects as a GeoPackage, atomically: what a person should look at, surest first.
 
-    Layer ``suspects``: ``label_id``, ``class``, ``suggested``, ``score``, ``p_class``,
-    ``p_suggested``, ``pixels`` and the label's geometry. Where there are none, the layer is empty.
+    Layer ``suspects``: ``label_id``, ``class``, ``likely``, ``score``, ``p_class``,
+    ``p_likely``, ``pixels`` and the label's geometry. Where there are none, the layer is empty.
 
     Args:
         path: File to write; the same review gives the same bytes.
@@ -399,15 +341,15 @@ def write_review(
             allowed=f"the labels of one task, {review.mean.shape[1]} names",
         )  # fmt: skip
     rows = np.argsort(ids)[np.searchsorted(np.sort(ids), review.ids[order])]
-    given, suggested = review.given[order], review.suggested[order]
+    given, likely = review.given[order], review.likely[order]
     frame = gpd.GeoDataFrame(
         {
             "label_id": review.ids[order],
             "class": np.array([names[k] for k in given], dtype=object),
-            "suggested": np.array([names[k] for k in suggested], dtype=object),
+            "likely": np.array([names[k] for k in likely], dtype=object),
             "score": review.score[order].round(4),
             "p_class": review.mean[order, given].round(4),
-            "p_suggested": review.mean[order, suggested].round(4),
+            "p_likely": review.mean[order, likely].round(4),
             "pixels": review.pixels[order],
         },
         geometry=labels.geometry.to_numpy()[rows],

@@ -1,4 +1,4 @@
-"""Spatial folds: square blocks, one block-to-fold map for all tasks, no polygon divided.
+"""Folds: square blocks, regions or years; one map for all tasks, no polygon divided.
 
 Random folds let a network be tested a few metres from where it was trained; block folds do not
 (methods: Roberts et al. 2017, Ecography 40, 913-929; Ploton et al. 2020, Nature Communications 11,
@@ -8,7 +8,8 @@ is no accuracy of the map: that needs a probability sample.
 A label goes whole to the block of its representative point. Labels that overlap, of one task or
 of several, are one place: they are joined, transitively, and go to one block together. Labels
 that only touch are not joined: in a closed landscape touching neighbours would chain into groups
-that span the region.
+that span the region. Labels of one group (parcel, survey, tile) go together in the same way: to
+the block that holds most of their area, wherever the others lie.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import shapely
 from odc.geo.geobox import GeoBox
 from scipy.sparse import coo_matrix
@@ -30,14 +31,18 @@ from shapely.geometry.base import BaseGeometry
 
 from terraloom.errors import FoldError
 from terraloom.grid import window_of
-from terraloom.labels.knndm import knndm, regular_points
+from terraloom.labels.dealing import deal, shares
+from terraloom.labels.knndm import join_groups, knndm, regular_points
 
-__all__ = ["FoldMap", "assign_folds", "audit_folds", "overlap_groups"]
+__all__ = [
+    "NO_FOLD", "FoldMap", "assign_folds", "audit_folds", "group_names", "label_years",
+    "overlap_groups", "place_groups",
+]  # fmt: skip
 
+#: Fold of pixels that belong to none.
+NO_FOLD = 255
 #: Overlaps up to this area are rounding of coordinates along a shared edge, square metres.
 OVERLAP_TOLERANCE_M2 = 1.0
-#: Work of the search for balanced folds: blocks x restarts.
-_SEARCH_STEPS = 8_000
 
 Counts = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -51,7 +56,7 @@ class FoldMap:
         geobox: The campaign's pixels; blocks start in its upper left corner.
         block_px: Height and width of a block, pixels.
         count: Number of folds.
-        fold_of_block: Fold 0 .. count-1 of each block, all blocks of the grid.
+        fold_of_block: Fold 0 .. count-1 of each block, all blocks of the grid; 255: no fold.
     """
 
     geobox: GeoBox
@@ -108,15 +113,21 @@ def assign_folds(
     seed: int,
     names: Sequence[str],
     area: BaseGeometry | None = None,
+    regions: gpd.GeoDataFrame | None = None,
+    years: bool = False,
 ) -> tuple[gpd.GeoDataFrame, FoldMap]:
     """Give every label a block and a fold, and every block of the grid a fold.
 
     Blocks are dealt to the folds so that first every stratum is present in as many folds as
-    possible, then each fold holds a like share of each stratum's area.
+    possible, then each fold holds a like share of each stratum's area. Instead of blocks, whole
+    regions or whole years can be dealt in the same way. At most one of ``area``, ``regions`` and
+    ``years`` may be given.
 
     Args:
         labels: All labels of all tasks, in the CRS of ``geobox``; column ``stratum`` (int) is the
-            row's index into ``names``.
+            row's index into ``names``; optional ``group`` (text or None) and ``task``: labels of
+            one task and group stay together; with ``years``, ``date`` and optional ``date_end``
+            (ISO text or None).
         geobox: The campaign's pixels; blocks are anchored in its upper left corner.
         count: Number of folds.
         block_m: Width of a block, metres; rounded to whole pixels.
@@ -124,40 +135,86 @@ def assign_folds(
         names: Names of the strata: classes, and tasks that have no classes.
         area: With it, blocks are dealt by :func:`terraloom.labels.knndm.knndm` instead: so that
             held-out labels lie as far from the others as places of this area do.
+        regions: With it, whole regions are dealt: polygons in the CRS of ``geobox``. A label
+            belongs to the region of its representative point. A block without label has the fold
+            of the region next to its centre.
+        years: Whole years are dealt: a label belongs to the year in the middle of its dates. Places
+            and groups are not kept together: a place that was trained on in another year is what
+            such folds test. Pixels without label have no fold (255).
 
     Returns:
-        A copy of ``labels`` with the columns ``block`` and ``fold`` (int64), and the map of all
-        blocks.
+        A copy of ``labels`` with the columns ``block`` and ``fold`` (int64), with regions also
+        ``region`` (row of the region), and the map of all blocks.
 
     Raises:
-        FoldError: Fewer labelled blocks than folds, or a stratum that is in one block only.
+        FoldError: Fewer labelled blocks, regions or years than folds; a stratum that is in one of
+            them only; labels in no region or without a date.
     """
+    if (area is not None) + (regions is not None) + years > 1:
+        raise FoldError("more than one of area, regions and years", where="folds", allowed="one")
     block_px = max(1, round(block_m / abs(float(geobox.resolution.x))))
     out = labels.copy()
-    out["block"] = _blocks_of(labels, geobox, block_px)
-    blocks, at = np.unique(out["block"].to_numpy(), return_inverse=True)
-    where = f"folds: count {count}, block_m {block_m:g}"
-    if len(blocks) < count:
-        raise FoldError(
-            f"labels lie in {len(blocks)} blocks, too few for {count} folds", where=where,
-            allowed=f"at least {count} labelled blocks",
-            fix="a smaller folds.block_m, a smaller folds.count, or more labels",
-        )  # fmt: skip
-    weight = np.zeros((len(blocks), len(names)))
-    stratum = labels["stratum"].to_numpy(dtype=np.int64)
-    pixel = abs(float(geobox.resolution.x * geobox.resolution.y))
-    np.add.at(weight, (at, stratum), np.maximum(labels.area.to_numpy(), pixel))
-    _check_strata(weight > 0, names, blocks, where)
+    place = place_groups(labels)
+    own = _blocks_of(labels, geobox, block_px)
+    out["block"] = _largest(own, labels, place)
+    if regions is not None:
+        out["region"] = _largest(_regions_of(labels, regions), labels, place)
+        units = _Units.of(out["region"].to_numpy(), "region", "other regions")
+    elif years:
+        units = _Units.of(_years_of(labels), "year", "labels of other years")
+    else:
+        units = _Units.of(out["block"].to_numpy(), "block", "a smaller folds.block_m")
+    where = f"folds: count {count}"
+    if units.word == "block":
+        where += f", block_m {block_m:g}"
+    if not years:
+        _check_places(place, own, count, where)
+    weight = _weights(out, units, len(names), geobox)
+    _check_units(weight > 0, units, count, names, where)
     rng = np.random.default_rng(seed)
     rows, columns = _block_shape(geobox, block_px)
     folds = rng.permutation(np.arange(rows * columns) % count)
-    if area is None:
-        folds[blocks] = _deal(weight, count, rng)
+    dealt = deal(weight, count, rng) if area is None else _matched(out, area, count, rng)
+    _check_strata_in_folds(weight, dealt, count, names, where, units)
+    if regions is not None:
+        folds = dealt[_nearest_region(regions, units.ids, geobox, block_px)]
+    elif years:
+        folds = np.full(rows * columns, NO_FOLD)
     else:
-        folds[blocks] = _matched(out, area, count, rng)
-    _check_strata_in_folds(weight, folds[blocks], count, names, where)
-    out["fold"] = folds[out["block"].to_numpy()].astype(np.int64)
+        folds[units.ids] = dealt
+    out["fold"] = dealt[units.at].astype(np.int64)
     return out, FoldMap(geobox, block_px, count, tuple(int(f) for f in folds))
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is dealt to the folds: the blocks, regions or years that have labels.
+
+    Attributes:
+        ids: (U,) number of each.
+        at: (N,) unit of each label, 0 .. U-1.
+        word: What a unit is.
+        fix: What helps where there are too few.
+    """
+
+    ids: Ints
+    at: Ints
+    word: str
+    fix: str
+
+    @classmethod
+    def of(cls, own: Ints, word: str, fix: str) -> _Units:
+        ids, at = np.unique(own, return_inverse=True)
+        return cls(ids.astype(np.int64), at.reshape(-1).astype(np.int64), word, fix)
+
+
+def _weights(labels: gpd.GeoDataFrame, units: _Units, strata: int, geobox: GeoBox) -> Counts:
+    """Area of each stratum in each unit, square metres; a point counts one pixel, (U, strata)."""
+    weight = np.zeros((len(units.ids), strata))
+    pixel = abs(float(geobox.resolution.x * geobox.resolution.y))
+    stratum = labels["stratum"].to_numpy(dtype=np.int64)
+    np.add.at(weight, (units.at, stratum), np.maximum(labels.area.to_numpy(), pixel))
+    return weight
 
 
 def _matched(
@@ -176,22 +233,114 @@ def _matched(
 
 
 def _blocks_of(labels: gpd.GeoDataFrame, geobox: GeoBox, block_px: int) -> Ints:
-    """Block of each label: of its own representative point, or of its group's largest block."""
+    """Block of each label's representative point."""
     points = labels.representative_point()
     col, row = ~geobox.affine @ (points.x.to_numpy(), points.y.to_numpy())
     h, w = geobox.shape
     # Parcels across the AOI's edge are not clipped; their point may lie just outside the grid.
     r = np.clip(np.floor(row), 0, h - 1).astype(np.int64) // block_px
     c = np.clip(np.floor(col), 0, w - 1).astype(np.int64) // block_px
-    own = r * _block_shape(geobox, block_px)[1] + c
-    group = overlap_groups(labels)
+    blocks: Ints = r * _block_shape(geobox, block_px)[1] + c
+    return blocks
+
+
+def _regions_of(labels: gpd.GeoDataFrame, regions: gpd.GeoDataFrame) -> Ints:
+    """Row of the region that each label's representative point lies in; the first of several."""
+    points = np.asarray(labels.representative_point().values, dtype=object)
+    at, region = shapely.STRtree(np.asarray(regions.geometry.values, dtype=object)).query(
+        points, predicate="intersects"
+    )
+    own = np.full(len(points), len(regions), dtype=np.int64)
+    np.minimum.at(own, at, region)
+    outside = np.flatnonzero(own == len(regions))
+    if len(outside):
+        ids = labels["label_id"].to_numpy() if "label_id" in labels else np.arange(len(labels))
+        more = ", ..." if len(outside) > 5 else ""
+        raise FoldError(
+            f"{len(outside)} of {len(labels)} labels lie in no region (label_id "
+            f"{', '.join(str(ids[i]) for i in outside[:5])}{more})",
+            where="folds.regions", allowed="every label in a region",
+            fix="regions that cover all labels, labels without those outside, or folds.method: "
+            "blocks",
+        )  # fmt: skip
+    return own
+
+
+def label_years(labels: gpd.GeoDataFrame) -> Ints:
+    """Year in the middle of each label's ``date`` and ``date_end`` (ISO text); 0: no date, (N,)."""
+    middle = None
+    for column in ("date_end", "date"):
+        values = labels[column] if column in labels else pd.Series([None] * len(labels))
+        text = [None if v is None or v != v else str(v) for v in values.to_numpy(dtype=object)]
+        day = pd.to_datetime(pd.Series(text, dtype=object), errors="coerce", format="ISO8601")
+        middle = day if middle is None else day + (middle.fillna(day) - day) / 2
+    years = middle.dt.year if middle is not None else pd.Series([])
+    return np.asarray(years.fillna(0).to_numpy(), dtype=np.int64)
+
+
+def _years_of(labels: gpd.GeoDataFrame) -> Ints:
+    years = label_years(labels)
+    missing = int((years == 0).sum())
+    if missing:
+        raise FoldError(
+            f"{missing} of {len(labels)} labels have no date", where="folds.method: years",
+            allowed="a date for every label",
+            fix="name dates in tasks[].labels.date_column or tasks[].labels.date, or take "
+            "folds.method: blocks",
+        )  # fmt: skip
+    return years
+
+
+def _nearest_region(
+    regions: gpd.GeoDataFrame, labelled: Ints, geobox: GeoBox, block_px: int
+) -> Ints:
+    """Position in ``labelled`` of the region next to the centre of each block of the grid."""
+    rows, columns = _block_shape(geobox, block_px)
+    r, c = np.divmod(np.arange(rows * columns), columns)
+    to_m = geobox.affine  # no rotation
+    x = to_m.c + to_m.a * (c + 0.5) * block_px
+    y = to_m.f + to_m.e * (r + 0.5) * block_px
+    tree = shapely.STRtree(np.asarray(regions.geometry.values, dtype=object)[labelled])
+    return np.asarray(tree.nearest(shapely.points(x, y)), dtype=np.int64)
+
+
+def _largest(own: Ints, labels: gpd.GeoDataFrame, place: Ints) -> Ints:
+    """Unit of each label: the one that holds most area of the labels of its place.
+
+    Args:
+        own: (N,) unit that each label's point lies in.
+        labels: Their areas count; points count next to nothing.
+        place: (N,) see :func:`place_groups`.
+    """
     area = np.maximum(labels.area.to_numpy(), 1e-9)
-    best: dict[int, int] = {}
-    for g in np.flatnonzero(np.bincount(group) > 1):
-        mine = group == g
-        ids, at = np.unique(own[mine], return_inverse=True)
-        best[int(g)] = int(ids[np.argmax(np.bincount(at, area[mine]))])
-    return np.array([best.get(int(g), int(b)) for g, b in zip(group, own, strict=True)], np.int64)
+    pairs, at = np.unique(np.column_stack([place, own]), axis=0, return_inverse=True)
+    total = np.bincount(at.reshape(-1), area)
+    # Of equally large ones the first: sorted by place, falling area and number of the unit.
+    order = np.lexsort([pairs[:, 1], -total, pairs[:, 0]])
+    first = order[np.unique(pairs[order, 0], return_index=True)[1]]
+    main: Ints = pairs[first, 1]
+    return main[np.unique(place, return_inverse=True)[1].reshape(-1)]
+
+
+def place_groups(labels: gpd.GeoDataFrame) -> Ints:
+    """Number of the place of each label, (N,): what overlaps or has one group stays together.
+
+    Args:
+        labels: Geometries in metres; optional ``group`` (text; None and NaN are no group) and
+            ``task``: a group is named within its task, because ids of several files may coincide.
+    """
+    place = overlap_groups(labels)
+    names = group_names(labels)
+    return place if names is None else join_groups(place, names)
+
+
+def group_names(labels: gpd.GeoDataFrame) -> npt.NDArray[np.str_] | None:
+    """Task and group of each label, (N,), one of its own for labels without; None if none has."""
+    if "group" not in labels or labels["group"].isna().all():
+        return None
+    tasks = labels["task"] if "task" in labels else [""] * len(labels)
+    rows = enumerate(zip(tasks, labels["group"], labels["group"].isna(), strict=True))
+    return np.array([f"#{i}" if none else f"{t} {g}".strip() for i, (t, g, none) in rows])
 
 
 def _overlaps(shapes: npt.NDArray[np.object_]) -> tuple[Ints, Ints]:
@@ -212,113 +361,68 @@ def overlap_groups(labels: gpd.GeoDataFrame) -> Ints:
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
-def _check_strata(
-    present: npt.NDArray[np.bool_], names: Sequence[str], blocks: Ints, where: str
+def _check_places(place: Ints, own: Ints, count: int, where: str) -> None:
+    """Groups are not what keeps labels of enough blocks from enough folds."""
+    places = len(np.unique(place))
+    if places < count <= len(np.unique(own)):
+        raise FoldError(
+            f"the {len(place)} labels form {places} groups, too few for {count} folds",
+            where=where, allowed=f"at least {count} groups of labels that overlap or have one name",
+            fix="finer groups (tasks[].labels.group_column), a smaller folds.count, or more labels",
+        )  # fmt: skip
+
+
+def _check_units(
+    present: npt.NDArray[np.bool_], units: _Units, count: int, names: Sequence[str], where: str
 ) -> None:
+    """Enough units for the folds, and every stratum in two units or more."""
+    word = units.word
+    if len(units.ids) < count:
+        raise FoldError(
+            f"labels lie in {len(units.ids)} {word}s, too few for {count} folds", where=where,
+            allowed=f"at least {count} labelled {word}s",
+            fix=f"{units.fix}, a smaller folds.count, or more labels",
+        )  # fmt: skip
     alone = [int(s) for s in np.flatnonzero(present.sum(axis=0) == 1)]
     if alone:
-        text = ", ".join(f"{names[s]!r} (block {blocks[np.argmax(present[:, s])]})" for s in alone)
+        ids = [units.ids[np.argmax(present[:, s])] for s in alone]
+        text = ", ".join(f"{names[s]!r} ({word} {i})" for s, i in zip(alone, ids, strict=True))
         raise FoldError(
-            f"labels of {text} lie in one block only: while that block is held out, nothing "
+            f"labels of {text} lie in one {word} only: while that {word} is held out, nothing "
             "of it is left to train with",
-            where=where, allowed="two blocks or more per class",
-            fix="a smaller folds.block_m, more labels, or drop the class "
+            where=where, allowed=f"two {word}s or more per class",
+            fix=f"{units.fix}, more labels, or drop the class "
             "(labels.drop and a legend without it)",
         )  # fmt: skip
 
 
 def _check_strata_in_folds(
-    weight: Counts, folds: Ints, count: int, names: Sequence[str], where: str
+    weight: Counts, folds: Ints, count: int, names: Sequence[str], where: str, units: _Units
 ) -> None:
-    share = _shares(weight, folds, count)
+    share = shares(weight, folds, count)
     alone = [names[int(s)] for s in np.flatnonzero((share > 0).sum(axis=0) == 1)]
     if alone or np.any(share.sum(axis=1) == 0):
         raise FoldError(
-            "the blocks cannot be dealt so that every class is in two folds"
+            f"the {units.word}s cannot be dealt so that every class is in two folds"
             + (f" ({', '.join(alone)})" if alone else " and no fold is empty"),
             where=where, allowed="two folds or more per class",
-            fix="a smaller folds.block_m, a smaller folds.count, or more labels",
+            fix=f"{units.fix}, a smaller folds.count, or more labels",
         )  # fmt: skip
-
-
-def _shares(weight: Counts, folds: Ints, count: int) -> Counts:
-    """Share of each stratum's total that lies in each fold, (count, strata)."""
-    share = np.zeros((count, weight.shape[1]))
-    np.add.at(share, folds, weight)
-    total: Counts = share / np.maximum(weight.sum(axis=0), 1e-12)
-    return total
-
-
-def _deal(weight: Counts, count: int, rng: np.random.Generator) -> Ints:
-    """Fold of each labelled block: greedy from random orders, the best one improved by moves."""
-    share = weight / np.maximum(weight.sum(axis=0), 1e-12)
-    n = len(share)
-    best: tuple[tuple[int, float], Ints] | None = None
-    for _ in range(int(np.clip(_SEARCH_STEPS // n, 2, 200))):
-        folds = _greedy(share, rng.permutation(n), count)
-        score = _score(_shares(share, folds, count))
-        if best is None or score < best[0]:
-            best = score, folds
-    if best is None:  # pragma: no cover - the loop runs at least twice
-        raise FoldError("no block to deal", where="folds")
-    return _improve(share, best[1], count, rng)
-
-
-def _greedy(share: Counts, order: Ints, count: int) -> Ints:
-    sums = np.zeros((count, share.shape[1]))
-    folds = np.zeros(len(share), dtype=np.int64)
-    for b in order:
-        # Growth of the sum of squares: small where the fold still lacks the block's classes.
-        k = int(np.argmin((2 * sums * share[b]).sum(axis=1)))
-        folds[b] = k
-        sums[k] += share[b]
-    return folds
-
-
-def _score(sums: Counts) -> tuple[int, float]:
-    """Pairs of fold and stratum without a label (an empty fold counts more), and imbalance."""
-    present = sums.sum(axis=0) > 0
-    missing = (sums[:, present] <= 0).sum() + 1000 * (sums.sum(axis=1) <= 0).sum()
-    # A stratum in one fold only cannot be learnt while that fold is held out.
-    alone = ((sums[:, present] > 0).sum(axis=0) == 1).sum()
-    imbalance = ((sums[:, present] - 1 / len(sums)) ** 2).sum()
-    return int(missing + 100 * alone), float(imbalance)
-
-
-def _improve(share: Counts, folds: Ints, count: int, rng: np.random.Generator) -> Ints:
-    """Move single blocks between folds while that improves the score."""
-    folds = folds.copy()
-    sums = _shares(share, folds, count)
-    score = _score(sums)
-    for _ in range(int(np.clip(_SEARCH_STEPS // (len(folds) * count), 1, 20))):
-        moved = False
-        for b in rng.permutation(len(folds)):
-            for k in range(count):
-                trial = sums.copy()
-                trial[folds[b]] -= share[b]
-                trial[k] += share[b]
-                # Differences of floats leave dust where a fold has lost its last block.
-                trial[np.abs(trial) < 1e-12] = 0
-                new = _score(trial)
-                if k != folds[b] and new < score:
-                    folds[b], sums, score, moved = k, trial, new, True
-        if not moved:
-            break
-    return folds
 
 
 def audit_folds(labels: gpd.GeoDataFrame) -> dict[str, Any]:
     """Look for leaks between folds in finished labels.
 
     Args:
-        labels: Columns ``fold`` and ``geometry``, metres.
+        labels: Columns ``fold`` and ``geometry``, metres; optional ``class`` (text or None).
 
     Returns:
         ``overlaps_across_folds``: pairs of overlapping labels in different folds, 0 if the folds
         are sound; ``touching_across_folds``: pairs in different folds that share an edge or a
         corner; ``min_distance_m``: smallest distance between labels of different folds;
         ``median_distance_m``: median distance of a label to the nearest one of another fold;
-        ``labels_per_fold``.
+        ``labels_per_fold``; ``per_fold``: of each fold labels, classes, and smallest and median
+        distance of its labels to the nearest one of another fold.
     """
     shapes = np.asarray(labels.geometry.values, dtype=object)
     fold = labels["fold"].to_numpy(dtype=np.int64)
@@ -327,18 +431,27 @@ def audit_folds(labels: gpd.GeoDataFrame) -> dict[str, Any]:
     a, b = shapely.STRtree(shapes).query(shapes, predicate="intersects")
     meeting = int(((a < b) & (fold[a] != fold[b])).sum())
     nearest = np.full(len(labels), np.inf)
-    for k, other in combinations(np.unique(fold), 2):
-        for this, that in ((k, other), (other, k)):
-            mine = np.flatnonzero(fold == this)
-            tree = shapely.STRtree(shapes[fold == that])
-            (at, _), distance = tree.query_nearest(
+    for k in np.unique(fold):
+        mine, others = np.flatnonzero(fold == k), shapes[fold != k]
+        if len(others):
+            found, distance = shapely.STRtree(others).query_nearest(
                 shapes[mine], return_distance=True, all_matches=False
             )
-            nearest[mine[at]] = np.minimum(nearest[mine[at]], distance)
+            nearest[mine[found[0]]] = distance
+    classes = labels["class"].to_numpy() if "class" in labels else np.full(len(labels), None)
     return {
         "overlaps_across_folds": overlapping,
         "touching_across_folds": meeting - overlapping,
         "min_distance_m": round(float(nearest.min()), 3),
         "median_distance_m": round(float(np.median(nearest)), 1),
         "labels_per_fold": {str(k): int((fold == k).sum()) for k in np.unique(fold)},
-    }
+        "per_fold": [
+            {
+                "fold": int(k), "labels": int((fold == k).sum()),
+                "classes": len({c for c in classes[fold == k] if c is not None and c == c}),
+                "nearest_m": round(float(nearest[fold == k].min()), 1),
+                "median_m": round(float(np.median(nearest[fold == k])), 1),
+            }
+            for k in np.unique(fold)
+        ],
+    }  # fmt: skip

@@ -1,32 +1,30 @@
-"""Leakage audit: what held-out folds know of the training folds, and what that does to a score.
+"""Leakage audit: what held-out folds know of the training folds.
 
 Every check is a function of finished labels and gives records
 ``{"check", "item", "ok", "found", "allowed", "fix"}`` as the audit of scenes does. Checked are the
 distance between folds, places and parcels in two folds, pixels of the images used in two folds (by
-number, and by equal values), and years of labels against years of images. :func:`split_scores`
-shows what is at stake: the score of one forest on random and on spatial folds.
+number, and by equal values), and years of labels against years of images. What is at stake is
+shown by :func:`terraloom.train.baseline.split_scores`: one forest on random and on given folds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
 import shapely
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.metrics import accuracy_score, f1_score
+from odc.geo.geobox import GeoBox
 
 from terraloom.errors import FoldError
-from terraloom.labels.folds import overlap_groups
+from terraloom.labels.folds import group_names, label_years, overlap_groups
 from terraloom.preprocess.checks import Record, record
 
 __all__ = [
-    "SplitScores", "audit_leakage", "check_distance", "check_groups", "check_pixels",
-    "check_places", "check_twins", "check_years", "degree_blocks", "split_scores",
+    "audit_leakage", "check_distance", "check_groups", "check_pixels", "check_places",
+    "check_twins", "check_years", "degree_blocks",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -46,43 +44,80 @@ def audit_leakage(
     least_m: float = 0.0,
     image_years: Collection[int] = (),
     group: str | None = None,
+    geobox: GeoBox | None = None,
     pixels: npt.ArrayLike | None = None,
     pixel_fold: npt.ArrayLike | None = None,
+    buffer_m: float = 0.0,
+    years: bool = False,
 ) -> list[Record]:
     """All checks that the labels at hand allow.
 
     Args:
-        labels: Columns ``fold`` (int), ``geometry`` in metres, and, where known, ``label_id`` and
-            ``date`` (ISO text or timestamp).
+        labels: Columns ``fold`` (int), ``geometry`` in metres, and, where known, ``label_id``,
+            ``date`` (ISO text or timestamp), ``group`` (with ``task``) and ``region``.
         least_m: Smallest allowed distance between labels of different folds, metres.
         image_years: Years of the images the labels are learnt from; none: not checked.
-        group: Column that names parcels or tiles; None: not checked.
-        pixels: (P,) number of the source pixel of each sample (row x width + column).
+        group: Column that names parcels or tiles; default: ``group``, where any label has one.
+        geobox: Pixels of the images; with it, labels whose representative points share a pixel are
+            one source pixel.
+        pixels: (P,) number of the source pixel of each sample (row x width + column), instead.
         pixel_fold: (P,) fold of each sample.
+        buffer_m: Labels closer than this to a held-out one do not train (folds.buffer_m), metres.
+        years: Folds hold out years: that a place, parcel or pixel of another year was trained on is
+            what they test, and no leak; instead no year may be in two folds.
 
     Returns:
-        Records in the order distance, place, group, pixel, year.
+        Records in the order distance, place, group, region, pixel, year.
 
     Raises:
         FoldError: A column that is not there.
     """
     fold = _column(labels, "fold").astype(np.int64)
     names = _names(labels)
-    shapes = np.asarray(labels.geometry.values, dtype=object)
-    records = check_distance(shapes, fold, least_m=least_m)
-    records += check_places(labels, fold)
-    if group is not None:
-        records += check_groups(_column(labels, group), fold, what=group)
-    if pixels is not None and pixel_fold is not None:
-        records += check_pixels(pixels, pixel_fold)
+    if years:
+        records = [_wanted(len(labels)), *check_groups(label_years(labels), fold, what="year")]
+    else:
+        shapes = np.asarray(labels.geometry.values, dtype=object)
+        records = check_distance(shapes, fold, least_m=least_m, buffer_m=buffer_m)
+        records += check_places(labels, fold)
+        if group is not None:
+            records += check_groups(_column(labels, group), fold, what=group)
+        elif (named := group_names(labels)) is not None:
+            own = named.astype(object)
+            own[labels["group"].isna().to_numpy()] = None
+            records += check_groups(own, fold)
+        if "region" in labels:
+            records += check_groups(_column(labels, "region"), fold, what="region")
+        if geobox is not None and pixels is None:
+            records += check_pixels(_pixels_of(labels, geobox), fold)
+        elif pixels is not None and pixel_fold is not None:
+            records += check_pixels(pixels, pixel_fold)
     if len(image_years) and "date" in labels:
-        years = np.array([_year(v) for v in labels["date"]], dtype=np.int64)
-        records += check_years(years, image_years, names=names)
+        records += check_years(label_years(labels), image_years, names=names)
     return records
 
 
+def _wanted(n: int) -> Record:
+    return record(
+        "same place in two folds", "all labels", ok=True,
+        found=f"not checked for {n} labels: folds hold out years, so a place that was trained on "
+        "in another year is what they test", allowed="any",
+    )  # fmt: skip
+
+
+def _pixels_of(labels: gpd.GeoDataFrame, geobox: GeoBox) -> npt.NDArray[np.str_]:
+    """Name of the pixel in which each label's representative point lies."""
+    points = labels.representative_point()
+    at = np.floor(~geobox.affine @ (points.x.to_numpy(), points.y.to_numpy())).astype(np.int64)
+    return np.array([f"in row {row}, column {col}" for col, row in at.T], dtype=np.str_)
+
+
 def check_distance(
-    shapes: npt.NDArray[np.object_], fold: npt.ArrayLike, *, least_m: float = 0.0
+    shapes: npt.NDArray[np.object_],
+    fold: npt.ArrayLike,
+    *,
+    least_m: float = 0.0,
+    buffer_m: float = 0.0,
 ) -> list[Record]:
     """Labels of a fold lie at least so far from those of all other folds; one record per fold.
 
@@ -90,6 +125,7 @@ def check_distance(
         shapes: (N,) geometries, metres.
         fold: (N,) fold of each.
         least_m: Smallest allowed distance, metres; 0 allows labels that touch.
+        buffer_m: Labels closer than this do not train while the other is held out: no leak.
     """
     folds = _ids(fold, len(shapes), "fold")
     records = []
@@ -102,14 +138,16 @@ def check_distance(
             )  # fmt: skip
         tree = shapely.STRtree(others)
         _, distance = tree.query_nearest(mine, return_distance=True, all_matches=False)
-        near = int((distance < least_m).sum())
+        near = int((distance < least_m).sum()) if buffer_m < least_m else 0
+        apart = int((distance < buffer_m).sum())
+        kept = f"; {apart} within the buffer of {buffer_m:g} m" if buffer_m > 0 else ""
         records.append(
             record(
                 "distance between folds", f"fold {k}", ok=near == 0,
                 found=f"nearest label of another fold {float(distance.min()):.1f} m away, median "
-                f"{float(np.median(distance)):.0f} m; {near} of {len(mine)} labels too near",
+                f"{float(np.median(distance)):.0f} m; {near} of {len(mine)} labels too near{kept}",
                 allowed=f"{least_m:g} m or more",
-                fix="larger blocks (folds.block_m), or train without the labels that are too near",
+                fix="larger blocks (folds.block_m), or a buffer of that width (folds.buffer_m)",
             )
         )  # fmt: skip
     return records
@@ -152,7 +190,7 @@ def check_groups(
         f"same {what} in two folds", [(f"{what} {g}", t) for g, t in leaks],
         f"{len(np.unique(text))} of {what}, each in one fold",
         allowed=f"every {what} in one fold",
-        fix=f"deal whole ones to the folds (folds.method: group, by {what})",
+        fix=f"deal whole ones to the folds (tasks[].labels.group_column names the {what})",
     )  # fmt: skip
 
 
@@ -162,7 +200,7 @@ def check_pixels(pixels: npt.ArrayLike, fold: npt.ArrayLike) -> list[Record]:
     Samples finer than the source's pixels fall on one pixel: they have one set of values.
 
     Args:
-        pixels: (N,) number of each sample's source pixel, row x width + column.
+        pixels: (N,) number of each sample's source pixel, row x width + column; or its name.
         fold: (N,) fold of each.
     """
     ids = np.asarray(pixels)
@@ -263,95 +301,6 @@ def check_years(
     return records
 
 
-@dataclass(frozen=True)
-class SplitScores:
-    """Scores of one forest under random and under spatial folds of equal sizes.
-
-    Attributes:
-        random_accuracy: Overall accuracy of out-of-fold predictions, random folds, 0 .. 1.
-        blocked_accuracy: The same, spatial folds.
-        random_f1: Macro-F1, random folds.
-        blocked_f1: The same, spatial folds.
-        samples: Number of samples.
-    """
-
-    random_accuracy: float
-    blocked_accuracy: float
-    random_f1: float
-    blocked_f1: float
-    samples: int
-
-    def record(self) -> dict[str, Any]:
-        """JSON form, for the report."""
-        return {
-            "random": {"accuracy": round(self.random_accuracy, 4), "f1": round(self.random_f1, 4)},
-            "blocked": {
-                "accuracy": round(self.blocked_accuracy, 4), "f1": round(self.blocked_f1, 4),
-            },
-            "samples": self.samples,
-        }  # fmt: skip
-
-    def line(self) -> str:
-        """One sentence for the report."""
-        return (
-            f"A random forest scores {self.random_accuracy:.3f} on random folds and "
-            f"{self.blocked_accuracy:.3f} on spatial folds (overall accuracy, {self.samples} "
-            f"samples; macro-F1 {self.random_f1:.3f} and {self.blocked_f1:.3f}): random folds "
-            f"would claim {100 * (self.random_accuracy - self.blocked_accuracy):+.1f} points."
-        )
-
-
-def split_scores(
-    table: npt.ArrayLike,
-    target: npt.ArrayLike,
-    fold: npt.ArrayLike,
-    *,
-    rng: np.random.Generator,
-    trees: int = 200,
-    jobs: int = 1,
-) -> SplitScores:
-    """Out-of-fold scores of a random forest on given folds and on the same folds shuffled.
-
-    Args:
-        table: (N, K) features of single pixels; values that are not finite become -9999.
-        target: (N,) class of each, numbers or text.
-        fold: (N,) spatial fold of each, two folds or more.
-        rng: Seeds the forests and shuffles the folds.
-        trees: Trees of a forest (count).
-        jobs: Threads (count); without influence on the result.
-
-    Returns:
-        Scores; samples of a class that no other fold has count as wrong.
-
-    Raises:
-        FoldError: One fold only, or one class only.
-    """
-    x = np.nan_to_num(
-        np.asarray(table, dtype=np.float32), nan=_INVALID, posinf=_INVALID, neginf=_INVALID
-    )
-    y = np.unique(np.asarray(target), return_inverse=True)[1]
-    spatial = _ids(fold, len(x), "fold")
-    for what, values in (("fold", spatial), ("class", y)):
-        if len(np.unique(values)) < 2:
-            raise FoldError(
-                f"the pixel table has one {what} only", where="random against spatial folds",
-                allowed="two or more", fix="more labels, or smaller blocks",
-            )  # fmt: skip
-    shuffled = rng.permutation(spatial)
-    seed = int(rng.integers(2**31))
-    scores = []
-    for folds in (shuffled, spatial):
-        out = np.empty(len(y), dtype=np.int64)
-        for k in np.unique(folds):
-            forest = RandomForestClassifier(trees, random_state=seed, n_jobs=jobs)
-            forest.fit(x[folds != k], y[folds != k])
-            out[folds == k] = forest.predict(x[folds == k])
-        f1 = f1_score(y, out, average="macro", labels=np.unique(y), zero_division=0)
-        scores.append((float(accuracy_score(y, out)), float(f1)))
-    (a, f), (b, g) = scores
-    return SplitScores(a, b, f, g, len(y))
-
-
 def degree_blocks(lon: npt.ArrayLike, lat: npt.ArrayLike, size_deg: float = 1.0) -> Ints:
     """Number of the block of each point in a lattice of whole degrees, (N,).
 
@@ -376,12 +325,6 @@ def _column(labels: gpd.GeoDataFrame, name: str) -> npt.NDArray[Any]:
 def _names(labels: gpd.GeoDataFrame) -> npt.NDArray[np.str_]:
     ids = labels["label_id"] if "label_id" in labels else np.arange(len(labels))
     return np.array([f"label {v}" for v in ids], dtype=np.str_)
-
-
-def _year(value: Any) -> int:
-    """Year of an ISO date, of a timestamp or of a number; 0 where there is none."""
-    text = str(value)[:4]
-    return int(text) if text.isdigit() else 0
 
 
 def _ids(values: npt.ArrayLike, n: int, what: str) -> Ints:

@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from terraloom.errors import LabelError
 
-__all__ = ["confident_thresholds", "noise_matrix", "suspect_labels"]
+__all__ = ["confident_joint", "confident_thresholds", "noise_matrix", "suspect_labels"]
+
+#: A probability this far below its threshold still reaches it: both are sums of rounded numbers.
+_ROUNDING = 1e-6
 
 
 def confident_thresholds(
@@ -46,23 +49,61 @@ def suspect_labels(
     """
     p = np.asarray(probabilities, dtype=np.float64)
     y = np.asarray(labels).astype(np.intp)
-    speaks = p >= confident_thresholds(p, y)  # NaN threshold: never
-    best = np.where(speaks, p, -1.0).argmax(axis=1)
-    best = np.where(speaks.any(axis=1), best, y)
+    best = _confident_class(p, y)
+    best = np.where(best < 0, y, best)
     return best != y, best
 
 
-def noise_matrix(
-    labels: npt.NDArray[Any], likely: npt.NDArray[Any], classes: int
+def _confident_class(p: npt.NDArray[np.float64], y: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """The most probable of the classes that reach their threshold, (N,); -1 where none does."""
+    speaks = p >= confident_thresholds(p, y) - _ROUNDING  # NaN threshold: never
+    return np.where(speaks.any(axis=1), np.where(speaks, p, -1.0).argmax(axis=1), -1)
+
+
+def confident_joint(
+    probabilities: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    *,
+    weights: npt.NDArray[Any] | None = None,
+    calibrated: bool = True,
 ) -> npt.NDArray[np.float64]:
+    """Labels (row) against the true classes that held-out predictions are sure of, (K, K).
+
+    Only samples for which a class reaches its threshold count. Samples nobody is sure of are
+    often wrong as well: to take them as they are would make the noise look smaller than it is.
+
+    Args:
+        probabilities: (N, K) held-out class probabilities.
+        labels: (N,) class index.
+        weights: (N,) what a sample counts, >= 0; default: 1. Without influence on the thresholds.
+        calibrated: Scale each row to the number of its labels; a label that nobody is sure of
+            counts as right.
+    """
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels).astype(np.intp)
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=np.float64)
+    best = _confident_class(p, y)
+    sure = best >= 0
+    joint = np.zeros((p.shape[1], p.shape[1]))
+    np.add.at(joint, (y[sure], best[sure]), w[sure])
+    if calibrated:
+        count = np.bincount(y, w, minlength=len(joint))
+        none = np.flatnonzero(joint.sum(axis=1) == 0)
+        joint[none, none] = count[none]
+        total = joint.sum(axis=1)
+        joint *= (count / np.where(total > 0, total, 1.0))[:, None]
+    return joint
+
+
+def noise_matrix(joint: npt.NDArray[np.float64], *, prior: float = 0.0) -> npt.NDArray[np.float64]:
     """Probability of a label (column) given the true class (row), (K, K); rows sum to 1.
 
-    From the confident joint: labels against the class that counts (:func:`suspect_labels`). A
-    class that never counts is taken as labelled without error.
+    Args:
+        joint: (K, K) labels (row) against true classes (column), of :func:`confident_joint`.
+        prior: Right labels that each class is taken to have beside those counted (count). A class
+            that never counts is taken as labelled without error.
     """
-    joint = np.zeros((classes, classes))
-    np.add.at(joint, (np.asarray(likely), np.asarray(labels)), 1.0)
-    empty = joint.sum(axis=1) == 0
-    joint[empty, empty.nonzero()[0]] = 1.0
-    out: npt.NDArray[np.float64] = joint / joint.sum(axis=1, keepdims=True)
+    counts = joint.T + prior * np.eye(len(joint))
+    empty = np.flatnonzero(counts.sum(axis=1) == 0)
+    counts[empty, empty] = 1.0
+    out: npt.NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
     return out

@@ -179,6 +179,7 @@ def weigh_chips(
     drop_changed: float | None = None,
     erode_m: float = 0.0,
     held_out_fold: int | None = None,
+    require: bool = True,
 ) -> tuple[xr.Dataset, dict[str, Any]]:
     """Give chips a weight layer ``w_<task>`` from the time of its labels.
 
@@ -196,6 +197,7 @@ def weigh_chips(
         erode_m: As the labels were burnt with.
         held_out_fold: Labels of this fold (column ``fold``) are tested, but have no part in what
             the classes look like.
+        require: Refuse labels that all end up without weight.
 
     Returns:
         Chips with ``w_<task>`` (n, y_10, x_10) float32, 0-1, 0 where there is no label, and
@@ -229,7 +231,9 @@ def weigh_chips(
     drop = np.zeros(len(mine), dtype=bool) if drop_changed is None else p >= drop_changed
     weight[drop] = 0.0
     burnt = label != NO_LABEL
-    _check(has, label, weight, task)
+    _check(has, label, task)
+    if require:
+        _require_weight(label, weight, drop, task)
     w = np.where(burnt, weight[np.maximum(label, 0)], 0.0).astype(np.float32)
     gone = burnt & drop[np.maximum(label, 0)]
     y = np.where(gone, np.array(IGNORE_INDEX if y.dtype == np.uint8 else np.nan, y.dtype), y)
@@ -243,19 +247,25 @@ def weigh_chips(
     return out, _report(mine, gap, p, weight, drop, gone)
 
 
-def _check(has: Bool, label: npt.NDArray[np.int32], weight: Float, task: str) -> None:
-    burnt = label != NO_LABEL
-    if (has & ~burnt).any():
+def _check(has: Bool, label: npt.NDArray[np.int32], task: str) -> None:
+    lost = has & (label == NO_LABEL)
+    if lost.any():
         raise LabelError(
-            f"{int((has & ~burnt).sum())} labelled pixels belong to no label", where=f"task {task}",
+            f"{int(lost.sum())} labelled pixels belong to no label", where=f"task {task}",
             allowed="the labels and the erosion that the chips were cut with",
             fix="cut the chips again",
         )  # fmt: skip
-    if burnt.any() and not (weight[np.unique(label[burnt])] > 0).any():
+
+
+def _require_weight(label: npt.NDArray[np.int32], weight: Float, drop: Bool, task: str) -> None:
+    there = np.unique(label[label != NO_LABEL])
+    if len(there) and not (weight[there] > 0).any():
         raise LabelError(
-            f"all {len(weight)} labels are without weight", where=f"task {task}",
+            f"all {len(there)} labels are without weight: the ground of {int(drop[there].sum())} "
+            "has changed, the others are too far in time", where=f"task {task}",
             allowed="at least one label near the images",
-            fix="a larger labels.tau_days, other cube.periods, or labels of another time",
+            fix="a larger labels.tau_days or labels.drop_changed, other cube.periods, or labels of "
+            "another time",
         )  # fmt: skip
 
 
@@ -263,6 +273,14 @@ def _label_rows(
     chips: xr.Dataset, labels: gpd.GeoDataFrame, kind: TaskKind, erode_m: float
 ) -> npt.NDArray[np.int32]:
     """Row of ``labels`` of each chip pixel, (n, H, W); -1 = none."""
+    named = chips.get(f"label_{labels['task'].iloc[0]}")
+    if named is not None:
+        ids = labels["label_id"].to_numpy()
+        order = np.argsort(ids)
+        at = np.minimum(np.searchsorted(ids[order], named.values), len(ids) - 1)
+        found = order[at]
+        return np.where(ids[found] == named.values, found, NO_LABEL).astype(np.int32)
+    # Chips name the labels of segmentation tasks only; the others are burnt once more.
     size = int(chips.attrs["size_px"])
     base = Affine(*chips.attrs["transform"])
     boxes = [
