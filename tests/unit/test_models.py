@@ -15,7 +15,6 @@ from terraloom.errors import ModelError, StateError
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation, index_pairs
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import (
-    MultiTaskLoss,
     SegmentationLoss,
     boundary_loss,
     class_weights,
@@ -378,10 +377,10 @@ def test_cross_entropy_equals_torch_and_ignores() -> None:
 def test_generalised_cross_entropy_limits() -> None:
     z, y = _batch()
     ce = float(segmentation_loss(z, y))
-    near = float(segmentation_loss(z, y, settings=SegmentationLoss(gce_q=1e-4)))
+    near = float(segmentation_loss(z, y, settings=SegmentationLoss("gce", q=1e-4)))
     assert near == pytest.approx(ce, rel=1e-3)
     true = z.softmax(1).gather(1, y[:, None]).mean()
-    mae = float(segmentation_loss(z, y, settings=SegmentationLoss(gce_q=1.0)))
+    mae = float(segmentation_loss(z, y, settings=SegmentationLoss("gce", q=1.0)))
     assert mae == pytest.approx(1 - float(true), rel=1e-5)
 
 
@@ -416,18 +415,3 @@ def test_gaussian_nll_minimum_and_boundary_masks() -> None:
     t = torch.tensor([[[0.0, 1.0, math.nan]]])
     z = torch.tensor([[[[-30.0, 30.0, 7.0]]]])
     assert float(boundary_loss(z, t, l1=1.0)) < 1e-6
-
-
-def test_tasks_start_level_and_absent_labels_are_skipped() -> None:
-    tasks = (COVER, TaskSpec("edge", "boundary", weight=0.5))
-    loss = MultiTaskLoss(tasks)
-    z, y = _batch()
-    e = torch.full((2, 8, 8), 0.5)
-    raw = {"cover": z, "edge": torch.zeros(2, 1, 8, 8)}
-    total, each = loss(raw, {"cover": y, "edge": e})
-    assert total is not None and float(total) == pytest.approx(1.5, rel=1e-5)
-    assert loss.initial == pytest.approx(each)
-    only, each = loss(raw, {"cover": y, "edge": torch.full_like(e, math.nan)})
-    assert set(each) == {"cover"} and only is not None and float(only) == pytest.approx(1.0)
-    none, _ = loss(raw, {"cover": torch.full_like(y, 255), "edge": torch.full_like(e, math.nan)})
-    assert none is None

@@ -13,9 +13,10 @@ from torch import Tensor
 from terraloom.errors import ModelError
 from terraloom.models.fusion import Normalisation
 from terraloom.models.heads import TaskSpec
-from terraloom.models.temporal import ENCODERS, SeriesNet, SeriesSpec, _interpolate, pad_series
+from terraloom.models.interpolation import interpolate
+from terraloom.models.temporal import ENCODERS, SeriesNet, SeriesSpec, pad_series
 
-BANDS = ("red", "nir", "swir")
+BANDS = ("nir", "nir08", "ndvi")
 TASKS = (TaskSpec("crop", "segmentation", ("a", "b", "c", "d")),
          TaskSpec("yield", "regression", unit="t/ha", mean=5.0, std=2.0))  # fmt: skip
 NORM = Normalisation((0.1, 0.3, 0.2), (0.05, 0.1, 0.1))
@@ -95,7 +96,8 @@ def test_padding_and_clouds_do_not_change_training(encoder: str) -> None:
         out = net(torch.cat([x, more], 1), torch.cat([days, at], 1))
         sum(v.square().sum() for v in out.values()).backward()
         found = [p.grad for p in net.parameters() if p.grad is not None]
-        assert len(found) == len(list(net.parameters()))
+        unused = 15 if encoder == "presto" else 0  # weights of bands and codes it is not given
+        assert len(found) == sum(p.requires_grad for p in net.parameters()) - unused
         buffers = [b for b in net.buffers() if b.is_floating_point()]
         grads.append(torch.cat([g.flatten() for g in [*found, *buffers]]))
     assert torch.isfinite(grads[0]).all()
@@ -173,7 +175,7 @@ def test_interpolation_is_linear_between_own_observations() -> None:
     x[0, :, 0] = torch.tensor([1.0, math.nan, 5.0, math.nan])  # gap at 30, none at 70
     x[0, 1, 1] = 2.0
     prepared = net.prepare(x * torch.tensor(NORM.std) + torch.tensor(NORM.mean), days)
-    value, near = _interpolate(prepared, torch.arange(5.0, 100.0, 10.0), 10.0)
+    value, near = interpolate(prepared, torch.arange(5.0, 100.0, 10.0), 10.0)
     grid = np.arange(5.0, 100.0, 10.0)
     assert np.allclose(value[0, :, 0], np.interp(grid, [10, 50], [1, 5]), atol=1e-5)
     assert np.allclose(value[0, :, 1], 2.0, atol=1e-5)
@@ -181,7 +183,7 @@ def test_interpolation_is_linear_between_own_observations() -> None:
     distance = np.minimum(abs(grid - 10), abs(grid - 50))
     assert np.allclose(near[0, :, 0], np.exp(-distance / 10), atol=1e-6)
     # On the day of an observation it is that observation.
-    exact, _ = _interpolate(prepared, torch.tensor([10.0, 50.0]), 10.0)
+    exact, _ = interpolate(prepared, torch.tensor([10.0, 50.0]), 10.0)
     assert exact[0, :, 0].tolist() == pytest.approx([1.0, 5.0], abs=1e-5)
 
 
@@ -215,7 +217,12 @@ def test_parameters_and_spec() -> None:
     cnn = 5 * 2 * b * w + 2 * w + 2 * block + (24 * w * w + w + 2 * w)
     first = 2 * 3 * (16 * w + 16 * 16 + 32)
     gru = (2 * b + 16 + 1) * w + w + 3 * first + (2 * w * w + w + 2 * w)
-    for encoder, count in zip(ENCODERS, (ltae, cnn, gru), strict=True):
+    # Presto: band groups, classes, place, channels; two blocks; norm; then the projection.
+    d = 128
+    codes = (17 + 9) * d + 10 * d + 4 * d + 10 * 32
+    each = 2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d)
+    presto = codes + 2 * each + 2 * d + (d * w + w + 2 * w)
+    for encoder, count in zip(ENCODERS, (ltae, cnn, gru, presto), strict=True):
         net = network(encoder)
         assert net.parameter_counts() == {"encoder": count, "heads": head, "total": count + head}
         card = json.loads(json.dumps(net.spec.to_json()))
@@ -231,7 +238,9 @@ def test_parameters_and_spec() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"encoder": "lstm"}, "ltae, tempcnn, gru"),
+        ({"encoder": "lstm"}, "ltae, tempcnn, gru, presto"),
+        ({"adapt": "all"}, "fine-tune, frozen, lora"),
+        ({"lat_lon": (91.0, 0.0)}, "latitude"),
         ({"heads": 5}, "a divisor of the width"),
         ({"encoder": "gru", "width": 33}, "even"),
         ({"kernel": 4}, "odd"),

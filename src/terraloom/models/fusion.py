@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from terraloom.errors import ConfigError, ModelError
-from terraloom.models.heads import Head, TaskSpec, make_head
-from terraloom.preprocess.groups import group_factor, group_facts, group_order
+from terraloom.models.decoders import DECODERS, ConvBlock, Span, union, wider
+from terraloom.models.heads import TaskSpec, make_head
+from terraloom.models.mapnet import EPS, MapNet
+from terraloom.preprocess.groups import group_factor, group_facts
 
 __all__ = ["FusionNet", "FusionSpec", "Normalisation", "index_pairs"]
 
@@ -34,11 +36,6 @@ _INDICES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("B8A", "B08"), ("B11",)),
     (("B11",), ("B12",)),
 )
-_EPS = 1e-3
-#: Floor of linear backscatter before decibels: -50 dB, far below the noise floor of Sentinel-1.
-_POWER_FLOOR = 1e-5
-#: Values of a modality that are prepared at once (count): about a megabyte.
-_STRIP_VALUES = 250_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ class FusionSpec:
         signed: Per modality, channels that may be negative: never turned into decibels.
         reduce_to: A modality with more than twice as many features is reduced to this many by a
             1x1 convolution at its own pixel size (count); 0 never reduces.
+        decoder: ``unet``, ``fpn`` or ``context``; see :mod:`terraloom.models.decoders`.
     """
 
     channels: dict[str, tuple[str, ...]]
@@ -87,6 +85,7 @@ class FusionSpec:
     roles: dict[str, dict[str, str]] = field(default_factory=dict)
     signed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reduce_to: int = 32
+    decoder: str = "unet"
 
     def __post_init__(self) -> None:
         if not self.channels:
@@ -102,6 +101,9 @@ class FusionSpec:
             raise ModelError("no task", where="FusionSpec.tasks", fix="declare one task")
         if self.depth < 2 or self.depth > 7:
             raise ModelError(f"depth {self.depth}", where="FusionSpec.depth", allowed="2 to 7")
+        if self.decoder not in DECODERS:
+            raise ModelError(f"decoder {self.decoder!r}", where="FusionSpec.decoder",
+                             allowed=", ".join(DECODERS))  # fmt: skip
         if not self.widths:
             # 12 gives 12, 32, 48, 64: little at 10 m, where a channel costs 4x that at 20 m.
             deeper = [4 * self.width * (level + 1) // 3 for level in range(1, self.depth)]
@@ -172,19 +174,7 @@ def index_pairs(
     return out
 
 
-class _Block(nn.Sequential):
-    """Convolution, batch norm (in evaluation a fixed affine map, so tiles do not matter), ReLU."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int = 1) -> None:
-        pad = kernel // 2 if stride == 1 else 0
-        super().__init__(
-            nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=pad, bias=False),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(inplace=True),
-        )
-
-
-class FusionNet(nn.Module):
+class FusionNet(MapNet):
     """Encoder-decoder over modalities of several resolutions, one head per task.
 
     Args:
@@ -198,66 +188,40 @@ class FusionNet(nn.Module):
     def __init__(
         self, spec: FusionSpec, normalisation: Mapping[str, Normalisation] | None = None
     ) -> None:
-        super().__init__()
-        self.spec = spec
-        self._groups = group_order(spec.channels)
-        self._factor = {g: group_factor(g) for g in self._groups}
-        self._pairs = {g: spec.pairs(g) for g in self._groups}
-        self._decibel: dict[str, bool] = {}
-        for g in self._groups:
-            n = len(spec.channels[g]) + len(self._pairs[g])
-            norm = normalisation[g] if normalisation else Normalisation((0.0,) * n, (1.0,) * n)
-            if len(norm.mean) != n or len(norm.std) != n:
-                raise ModelError(f"{len(norm.mean)} means for {n} features", where=g)
-            self._decibel[g] = norm.decibel
-            self.register_buffer(f"mean_{g}", torch.tensor(norm.mean).view(1, -1, 1, 1))
-            self.register_buffer(f"std_{g}", torch.tensor(norm.std).view(1, -1, 1, 1))
+        super().__init__(spec, normalisation)
         w = spec.widths
         self._joins = {f: _join_level(f, spec.depth) for f in set(self._factor.values())}
         joined = np.cumsum([self._joined(level) for level in range(spec.depth)]).tolist()
         c10 = joined[0] = max(self._joined(0), 1)
         self.reduce = nn.ModuleDict({
-            g: _Block(self._features(g), spec.reduce_to, 1)
+            g: ConvBlock(self._features(g), spec.reduce_to, 1)
             for g in self._groups if spec.reduced(g)
         })  # fmt: skip
-        self.stem10 = _Block(c10, w[0], 3)
+        self.stem10 = ConvBlock(c10, w[0], 3)
         self.down = nn.ModuleList()
         self.encode = nn.ModuleList()
         for level in range(1, spec.depth):
-            self.down.append(_Block(w[level - 1], w[level], 2, stride=2))
+            self.down.append(ConvBlock(w[level - 1], w[level], 2, stride=2))
             c_in = w[level] + 2 * c10 + joined[level] - self._joined(0)
-            blocks = [_Block(c_in if i == 0 else w[level], w[level], 3) for i in range(spec.convs)]
+            blocks = [
+                ConvBlock(c_in if i == 0 else w[level], w[level], 3) for i in range(spec.convs)
+            ]
             self.encode.append(nn.Sequential(*blocks))
-        self.lift = nn.ModuleList(_Block(w[i + 1], w[i], 1) for i in range(spec.depth - 1))
-        self.decode = nn.ModuleList(_Block(w[i], w[i], 3) for i in range(spec.depth - 1))
+        decoder = DECODERS[spec.decoder](w)
+        # Its parts stand beside those of the encoder: the names of a U-Net's weights stay those
+        # of member files from before there was a choice.
+        for name, part in decoder.named_children():
+            self.add_module(name, part)
+        self._decode, self._reach = decoder.forward, decoder.reach
         self.drop = nn.Dropout2d(spec.dropout)
         self.heads = nn.ModuleDict({t.name: make_head(t, w[0]) for t in spec.tasks})
 
     # --- geometry ------------------------------------------------------------------------------
-    def _features(self, group: str) -> int:
-        """Features of a modality with its mask, before any reduction."""
-        return len(self.spec.channels[group]) + len(self._pairs[group]) + 1
-
     def _joined(self, level: int) -> int:
         """Channels of the modalities that join at a level, reduced ones with their mask."""
         mine = [g for g in self._groups if self._joins[self._factor[g]] == level]
         short = self.spec.reduce_to + 1
         return sum(short if self.spec.reduced(g) else self._features(g) for g in mine)
-
-    def feature_slices(self) -> dict[str, tuple[int, slice]]:
-        """Per modality: pixel size factor and its features in :meth:`prepare`, mask last."""
-        out: dict[str, tuple[int, slice]] = {}
-        used: dict[int, int] = {}
-        for g in self._groups:
-            f = self._factor[g]
-            start = used.get(f, 0)
-            used[f] = start + self._features(g)
-            out[g] = (f, slice(start, used[f]))
-        return out
-
-    def set_decibel(self, group: str, decibel: bool) -> None:
-        """Say whether a modality is linear power that is turned into decibels."""
-        self._decibel[group] = decibel
 
     @property
     def stride_px(self) -> int:
@@ -267,12 +231,13 @@ class FusionNet(nn.Module):
     def receptive_field_px(self) -> int:
         """Largest distance, in 10 m pixels, between an output pixel and an input that it sees.
 
-        Found by following the interval of inputs behind each pixel through all layers; exact, as
-        the intervals are unions over all positions within one stride.
+        Where nothing enters at 10 m, the border of the window counts as such an input. Found by
+        following the interval of inputs behind each pixel through all layers; exact, as the
+        intervals are unions over all positions within one stride.
         """
-        n = self.stride_px * (4 + 16 * self.spec.convs)
+        n = self.stride_px * (28 + 16 * self.spec.convs)
         at = np.arange(n)
-        skips: list[_Span] = []
+        skips: list[Span] = []
         for level in range(self.spec.depth):
             start = at[:: 2**level]
             spans = [(start // f * f, start // f * f + f - 1)
@@ -280,102 +245,10 @@ class FusionNet(nn.Module):
             if level:
                 lo, hi = skips[-1]
                 spans.append((lo[0::2], hi[1::2]))
-            skips.append(_wider(_union(spans or [(at, at)]), self.spec.convs if level else 1))
-        span = skips[-1]
-        for level in reversed(range(self.spec.depth - 1)):
-            up = (np.repeat(span[0], 2), np.repeat(span[1], 2))
-            span = _wider(_union([up, skips[level]]), 1)
+            skips.append(wider(union(spans or [(at, at)]), self.spec.convs if level else 1))
+        span = self._reach(skips)
         middle = slice(n // 2 - self.stride_px, n // 2 + self.stride_px)
         return int(max((at - span[0])[middle].max(), (span[1] - at)[middle].max()))
-
-    def halo_px(self) -> int:
-        """Receptive field rounded up to :attr:`stride_px`: read this much around a tile."""
-        return math.ceil(self.receptive_field_px() / self.stride_px) * self.stride_px
-
-    # --- inputs --------------------------------------------------------------------------------
-    def features(self, group: str, x: Tensor) -> Tensor:
-        """Features of one modality before normalisation: channels (in dB for power), indices.
-
-        Args:
-            group: Modality, e.g. ``s2_10``.
-            x: (N, C, h, w) values; NaN is invalid.
-
-        Returns:
-            (N, C + indices, h, w), NaN where an input is NaN.
-        """
-        want = len(self.spec.channels[group])
-        if x.ndim != 4 or x.shape[1] != want:
-            raise ModelError(f"input of shape {tuple(x.shape)}", where=group,
-                             allowed=f"(N, {want}, h, w)")  # fmt: skip
-        if self._decibel[group]:
-            power, signed = 10 * torch.log10(x.clamp_min(_POWER_FLOOR)), self._signed(group)
-            x = torch.where(signed.to(x.device), x, power) if bool(signed.any()) else power
-        more = [
-            ((x[:, a] - x[:, b]) / (x[:, a] + x[:, b]).clamp_min(_EPS)).clamp(-1.5, 1.5)
-            for a, b in self._pairs[group]
-        ]
-        return torch.cat([x, torch.stack(more, 1)], 1) if more else x
-
-    def _signed(self, group: str) -> Tensor:
-        names = self.spec.signed.get(group, ())
-        return torch.tensor([n in names for n in self.spec.channels[group]]).view(1, -1, 1, 1)
-
-    def prepare(self, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Normalised features and masks per pixel size, padded to whole strides.
-
-        Args:
-            inputs: Per modality (N, C, h, w) at its own pixel size, NaN = invalid. A modality may
-                be left out: it then counts as invalid everywhere.
-
-        Returns:
-            Pixel size factor (1, 2, 6 ...): (N, features + masks, h, w).
-        """
-        n, height, width = self._size(inputs)
-        s = self.stride_px
-        h, w = math.ceil(height / s) * s, math.ceil(width / s) * s
-        like = next(iter(inputs.values()))
-        totals: dict[int, int] = {}
-        for f, at in self.feature_slices().values():
-            totals[f] = max(totals.get(f, 0), at.stop)
-        out = {
-            f: torch.empty(
-                (n, c, h // f, w // f), dtype=like.dtype, device=like.device,
-                memory_format=torch.channels_last,
-            ).zero_()
-            for f, c in totals.items()
-        }  # fmt: skip
-        for g, (f, at) in self.feature_slices().items():
-            if g in inputs:
-                self._fill(out[f][:, at], g, inputs[g])
-        if not any(f % 2 for f in out):  # something must enter at 10 m
-            out[1] = like.new_zeros((n, 1, h, w))
-        return out
-
-    def _fill(self, out: Tensor, group: str, raw: Tensor) -> None:
-        """Write normalised features and mask of a modality, in strips that stay in cache."""
-        mean, std = self.get_buffer(f"mean_{group}"), self.get_buffer(f"std_{group}")
-        rows = max(1, _STRIP_VALUES // (raw.shape[0] * out.shape[1] * raw.shape[3]))
-        for start in range(0, raw.shape[2], rows):
-            part = raw[:, :, start : start + rows]
-            x = (self.features(group, part) - mean) / std
-            x = torch.nan_to_num(x, 0.0, 0.0, 0.0).clamp(-8, 8)
-            here = out[:, :, start : start + part.shape[2], : raw.shape[3]]
-            here[:, :-1] = x
-            here[:, -1] = torch.isfinite(part).to(part.dtype).mean(1)
-
-    def _size(self, inputs: Mapping[str, Tensor]) -> tuple[int, int, int]:
-        known = [g for g in self._groups if g in inputs]
-        if not known:
-            raise ModelError(f"inputs {sorted(inputs)}", allowed=", ".join(self._groups))
-        f, x = min(((self._factor[g], inputs[g]) for g in known), key=lambda p: p[0])
-        height, width = f * x.shape[2], f * x.shape[3]
-        for g in known:
-            k = self._factor[g]
-            want = (math.ceil(height / k), math.ceil(width / k))
-            if tuple(inputs[g].shape[2:]) != want:
-                raise ModelError(f"window {tuple(inputs[g].shape[2:])}", where=g,
-                                 allowed=f"{want} beside {height} x {width} at 10 m")  # fmt: skip
-        return x.shape[0], height, width
 
     # --- network -------------------------------------------------------------------------------
     def _coarse(self, x: Mapping[int, Tensor]) -> list[list[Tensor]]:
@@ -400,8 +273,8 @@ class FusionNet(nn.Module):
             parts += [self.reduce[g](part), part[:, -1:]] if g in self.reduce else [part]
         return torch.cat(parts, 1)
 
-    def trunk(self, x: Mapping[int, Tensor]) -> Tensor:
-        """Shared features (N, width, h, w) at 10 m of prepared inputs."""
+    def levels(self, x: Mapping[int, Tensor]) -> list[Tensor]:
+        """Encoder: features (N, widths[l], h / 2^l, w / 2^l) per level, finest first."""
         coarse = self._coarse(x)
         fine = _cat(coarse[0])
         skips: list[Tensor] = [self.stem10(fine)]
@@ -410,52 +283,27 @@ class FusionNet(nn.Module):
             # Local mean and spread of the inputs enter every level: a short training need not
             # first learn to average noise away or to measure texture.
             mean, square = F.avg_pool2d(mean, 2), F.avg_pool2d(square, 2)
-            spread = (square - mean**2).clamp_min(_EPS**2).sqrt()
+            spread = (square - mean**2).clamp_min(EPS**2).sqrt()
             if rest is not None:
                 rest = F.avg_pool2d(rest, 2)
             if coarse[level]:
                 rest = _cat([*([] if rest is None else [rest]), *coarse[level]])
             parts = [down(skips[-1]), mean, spread]
             skips.append(encode(torch.cat(parts if rest is None else [*parts, rest], 1)))
-        f: Tensor = skips[-1]
-        for level in reversed(range(self.spec.depth - 1)):
-            up = F.interpolate(self.lift[level](f), scale_factor=2, mode="nearest-exact")
-            f = self.decode[level](up + skips[level])
-        return f
+        return skips
+
+    def merge(self, levels: Sequence[Tensor]) -> Tensor:
+        """Decoder: features (N, width, h, w) at 10 m of the levels."""
+        return self._decode(levels)
+
+    def trunk(self, x: Mapping[int, Tensor]) -> Tensor:
+        """Shared features (N, width, h, w) at 10 m of prepared inputs."""
+        return self.merge(self.levels(x))
 
     def forward_prepared(self, x: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Raw head outputs of prepared inputs, (N, c, h, w) with h, w of the padded window."""
         f = self.drop(self.trunk(x))
         return {name: head(f) for name, head in self.heads.items()}
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raw head outputs per task: logits, or mean and log variance (standardised).
-
-        Args:
-            inputs: See :meth:`prepare`; any window size.
-
-        Returns:
-            Task name: (N, c, h, w) at 10 m, same window as the inputs.
-        """
-        _, h, w = self._size(inputs)
-        return {k: v[..., :h, :w] for k, v in self.forward_prepared(self.prepare(inputs)).items()}
-
-    @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Physical predictions per task; the network must be in evaluation mode.
-
-        Returns:
-            Segmentation: class probabilities (N, K, h, w). Regression: mean and variance in the
-            task's unit (N, 2, h, w). Boundary: probability (N, 1, h, w).
-        """
-        if self.training:
-            raise ModelError("the network is in training mode", fix="call .eval() before predict")
-        out: dict[str, Tensor] = {}
-        for name, raw in self(inputs).items():
-            head = self.heads[name]
-            if isinstance(head, Head):
-                out[name] = head.physical(raw)
-        return out
 
 
 def _join_level(factor: int, depth: int) -> int:
@@ -465,19 +313,3 @@ def _join_level(factor: int, depth: int) -> int:
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-_Span = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-
-
-def _wider(span: _Span, convs: int) -> _Span:
-    """Interval of inputs after ``convs`` 3x3 convolutions."""
-    lo, hi = span
-    for _ in range(convs):
-        lo = np.minimum.reduce([lo, np.r_[lo[:1], lo[:-1]]])
-        hi = np.maximum.reduce([hi, np.r_[hi[1:], hi[-1:]]])
-    return lo, hi
-
-
-def _union(spans: list[_Span]) -> _Span:
-    return np.minimum.reduce([s[0] for s in spans]), np.maximum.reduce([s[1] for s in spans])

@@ -1,20 +1,46 @@
-"""Heads: one 1x1 convolution per task and the way from its output to physical values."""
+"""Heads: one 1x1 convolution per task and the way from its output to physical values.
+
+What a raw output means depends on the task's loss (:mod:`terraloom.models.losses`); what
+``physical`` gives depends on the kind only, so that prediction need not know the loss.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from terraloom.errors import ModelError
 
-__all__ = ["KINDS", "LOG_VAR_RANGE", "Head", "TaskSpec", "make_head"]
+__all__ = [
+    "KINDS",
+    "LOG_VAR_RANGE",
+    "LOSSES",
+    "QUANTILES",
+    "Head",
+    "TaskSpec",
+    "make_head",
+    "quantiles_of",
+]
 
 KINDS = ("segmentation", "regression", "boundary")
+#: Losses of each kind; the first is what ``auto`` means.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "segmentation": (
+        "ce", "gce", "sce", "forward", "soft_bootstrap", "hard_bootstrap", "focal", "ordinal",
+    ),
+    "regression": ("gaussian", "huber", "quantile"),
+    "boundary": ("bce",),
+}  # fmt: skip
+#: What a head with loss ``quantile`` predicts.
+QUANTILES = (0.05, 0.5, 0.95)
+#: Standard deviations of a Gaussian between the outer two of them.
+_SPAN_SD = 3.2897072539029444
 #: Clamp of the predicted log variance (standardised target): sd between .018 and 20.
 LOG_VAR_RANGE = (-8.0, 6.0)
 
@@ -32,6 +58,11 @@ class TaskSpec:
         transform: ``standardise`` or ``log1p`` (skewed values >= 0); regression only.
         mean: Mean of the transformed training values; set in training.
         std: Standard deviation of the transformed training values; set in training.
+        loss: One of :data:`LOSSES` of the kind, or ``auto`` for the first of them.
+        dice: Weight of a soft Dice loss beside it (ratio); segmentation only.
+        smoothing: Label smoothing (0-1); segmentation only.
+        forget: Share of labelled pixels, those with the largest loss, that training learns to
+            leave out (0-1); segmentation only.
     """
 
     name: str
@@ -42,6 +73,10 @@ class TaskSpec:
     transform: str = "standardise"
     mean: float = 0.0
     std: float = 1.0
+    loss: str = "auto"
+    dice: float = 0.0
+    smoothing: float = 0.0
+    forget: float = 0.0
 
     def __post_init__(self) -> None:
         where = f"task {self.name}"
@@ -52,11 +87,26 @@ class TaskSpec:
         if self.transform not in ("standardise", "log1p"):
             raise ModelError(f"transform {self.transform!r}", where=where,
                              allowed="standardise, log1p")  # fmt: skip
+        if self.loss not in ("auto", *LOSSES[self.kind]):
+            raise ModelError(f"loss {self.loss!r} for kind {self.kind}", where=where,
+                             allowed="auto, " + ", ".join(LOSSES[self.kind]))  # fmt: skip
+        if self.kind != "segmentation" and (self.dice or self.smoothing or self.forget):
+            raise ModelError("dice, smoothing or forget", where=where, allowed="segmentation only")
+
+    @property
+    def loss_name(self) -> str:
+        """The loss, with ``auto`` resolved."""
+        return LOSSES[self.kind][0] if self.loss == "auto" else self.loss
 
     @property
     def channels(self) -> int:
-        """Channels of the head's raw output."""
+        """Channels of the prediction: probabilities, mean and variance, or one probability."""
         return {"segmentation": len(self.classes), "regression": 2, "boundary": 1}[self.kind]
+
+    @property
+    def raw_channels(self) -> int:
+        """Channels of the head's raw output."""
+        return len(QUANTILES) if self.loss_name == "quantile" else self.channels
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the member's card."""
@@ -64,7 +114,17 @@ class TaskSpec:
 
     @classmethod
     def from_json(cls, card: Mapping[str, Any]) -> TaskSpec:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`; cards from before a field existed get its default.
+
+        Raises:
+            ModelError: The card has a field that this version does not know.
+        """
+        unknown = sorted(set(card) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ModelError(
+                f"unknown settings {', '.join(unknown)}", where="task of a member's card",
+                fix="use the version of Terraloom that wrote it, or train again",
+            )  # fmt: skip
         return cls(**{**card, "classes": tuple(card["classes"])})
 
     def standardise(self, y: Tensor) -> Tensor:
@@ -78,7 +138,7 @@ class Head(nn.Module):
     def __init__(self, task: TaskSpec, c_in: int) -> None:
         super().__init__()
         self.task = task
-        self.conv = nn.Conv2d(c_in, task.channels, 1)
+        self.conv = nn.Conv2d(c_in, task.raw_channels, 1)
 
     def forward(self, f: Tensor) -> Tensor:
         """Raw output (N, c, h, w) of trunk features (N, width, h, w)."""
@@ -107,7 +167,7 @@ class BoundaryHead(Head):
 
 
 class RegressionHead(Head):
-    """Mean and log variance of a Gaussian in the standardised scale."""
+    """Centre and log variance in the standardised scale, of losses ``gaussian`` and ``huber``."""
 
     def physical(self, raw: Tensor) -> Tensor:
         """Mean and variance in the task's unit, (N, 2, h, w).
@@ -126,6 +186,31 @@ class RegressionHead(Head):
         return torch.stack([m, v], 1)
 
 
+def quantiles_of(raw: Tensor) -> Tensor:
+    """Quantiles (N, 3, ...) of a raw output (N, 3, ...) in the standardised scale.
+
+    The raw channels are the median and what lies between it and the outer quantiles before a
+    softplus: quantiles cannot cross.
+    """
+    middle, below, above = raw.unbind(1)
+    return torch.stack([middle - F.softplus(below), middle, middle + F.softplus(above)], 1)
+
+
+class QuantileHead(Head):
+    """Median and distances to the outer :data:`QUANTILES` in the standardised scale."""
+
+    def physical(self, raw: Tensor) -> Tensor:
+        """Median and ((q95 - q05) / 3.29)^2 in the task's unit, (N, 2, h, w).
+
+        For a Gaussian these are mean and variance. A quantile of a monotonic transform is the
+        transform of the quantile, so ``log1p`` needs no moments.
+        """
+        q = quantiles_of(raw) * self.task.std + self.task.mean
+        if self.task.transform == "log1p":
+            q = torch.expm1(q.clamp_max(40.0))
+        return torch.stack([q[:, 1], ((q[:, 2] - q[:, 0]) / _SPAN_SD) ** 2], 1)
+
+
 def make_head(task: TaskSpec, c_in: int) -> Head:
     """The head of a task."""
     kinds: dict[str, type[Head]] = {
@@ -133,4 +218,5 @@ def make_head(task: TaskSpec, c_in: int) -> Head:
         "regression": RegressionHead,
         "boundary": BoundaryHead,
     }
-    return kinds[task.kind](task, c_in)
+    made = QuantileHead if task.loss_name == "quantile" else kinds[task.kind]
+    return made(task, c_in)

@@ -1,9 +1,15 @@
-"""Losses with masks: a pixel without a label, or with weight 0, has no influence."""
+"""Losses of all tasks: a pixel without a label, or with weight 0, has no influence.
+
+Each task has one loss, named by ``TaskSpec.loss``; :class:`MultiTaskLoss` computes them. How they
+are weighed against each other is told in :mod:`terraloom.models.balance`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from terraloom.errors import ModelError
-from terraloom.models.heads import LOG_VAR_RANGE, TaskSpec
+from terraloom.legend import IGNORE_INDEX
+from terraloom.models.class_losses import LossName, SegmentationLoss, segmentation_loss
+from terraloom.models.heads import LOG_VAR_RANGE, QUANTILES, TaskSpec, quantiles_of
 
 __all__ = [
     "IGNORE",
@@ -21,11 +29,14 @@ __all__ = [
     "boundary_loss",
     "class_weights",
     "gaussian_nll",
+    "huber_loss",
+    "loss_floor",
+    "quantile_loss",
     "segmentation_loss",
 ]
 
 #: Label of pixels without a class.
-IGNORE = 255
+IGNORE = IGNORE_INDEX
 
 
 def class_weights(counts: npt.ArrayLike, power: float = 0.5) -> npt.NDArray[np.float64]:
@@ -45,75 +56,17 @@ def class_weights(counts: npt.ArrayLike, power: float = 0.5) -> npt.NDArray[np.f
     return weights
 
 
-@dataclass(frozen=True)
-class SegmentationLoss:
-    """Settings of the segmentation loss.
-
-    Attributes:
-        smoothing: Label smoothing (0-1).
-        gce_q: q of the generalised cross entropy (1 - p^q) / q for noisy labels (Zhang and
-            Sabuncu 2018); 0 is the cross entropy, 1 the mean absolute error.
-        dice: Weight of the soft Dice loss (ratio); 0 leaves it out.
-    """
-
-    smoothing: float = 0.0
-    gce_q: float = 0.0
-    dice: float = 0.0
-
-
-def segmentation_loss(
-    logits: Tensor,
-    y: Tensor,
-    *,
-    weights: Tensor | None = None,
-    pixel_weights: Tensor | None = None,
-    settings: SegmentationLoss | None = None,
-) -> Tensor:
-    """Weighted mean over labelled pixels of the (generalised) cross entropy.
-
-    Args:
-        logits: (N, K, h, w).
-        y: (N, h, w) integer classes, 255 = no label.
-        weights: (K,) class weights.
-        pixel_weights: (N, h, w) >= 0.
-        settings: Smoothing, noise robustness and Dice part.
-
-    Returns:
-        Scalar; 0 without a labelled pixel.
-    """
-    s = settings or SegmentationLoss()
-    ok = y != IGNORE
-    target = y[ok].long()
-    # Only labelled pixels are gathered: most of a window has no label.
-    z = logits.permute(0, 2, 3, 1)[ok]
-    w = torch.ones(len(target), dtype=z.dtype) if pixel_weights is None else pixel_weights[ok]
-    if weights is not None:
-        w = w * weights.to(z.dtype)[target]
-    logp = z.log_softmax(1)
-    true = logp.gather(1, target[:, None])[:, 0]
-    loss = -true if s.gce_q <= 0 else (1 - torch.exp(s.gce_q * true)) / s.gce_q
-    if s.smoothing > 0:
-        loss = (1 - s.smoothing) * loss - s.smoothing * logp.mean(1)
-    total = (loss * w).sum() / w.sum().clamp_min(1e-12)
-    if s.dice > 0 and len(target):
-        total = total + s.dice * _soft_dice(logp.exp(), target, w)
-    return total
-
-
-def _soft_dice(p: Tensor, target: Tensor, w: Tensor) -> Tensor:
-    """1 - mean over the classes present of 2 sum(p y) / (sum p + sum y)."""
-    y = F.one_hot(target, p.shape[1]).to(p.dtype)
-    w = w[:, None]
-    both, total = (w * p * y).sum(0), (w * (p + y)).sum(0)
-    present = (w * y).sum(0) > 0
-    return 1 - (2 * both[present] / total[present].clamp_min(1e-12)).mean()
-
-
 def _masked_mean(loss: Tensor, ok: Tensor, pixel_weights: Tensor | None) -> Tensor:
     if pixel_weights is None:
         return loss.sum() / max(int(ok.sum()), 1)
     w = pixel_weights[ok]
     return (loss * w).sum() / w.sum().clamp_min(1e-12)
+
+
+def _valued(y: Tensor, pixel_weights: Tensor | None) -> Tensor:
+    """Pixels with a value and a weight above 0."""
+    ok = torch.isfinite(y)
+    return ok if pixel_weights is None else ok & (pixel_weights > 0)
 
 
 def boundary_loss(
@@ -127,7 +80,7 @@ def boundary_loss(
         pixel_weights: (N, h, w) >= 0.
         l1: Weight of the absolute error of the probability (ratio).
     """
-    ok = torch.isfinite(y)
+    ok = _valued(y, pixel_weights)
     z, t = logit[:, 0][ok], y[ok]
     loss = F.binary_cross_entropy_with_logits(z, t, reduction="none")
     if l1 > 0:
@@ -151,7 +104,7 @@ def gaussian_nll(
         pixel_weights: (N, h, w) >= 0.
         beta: 0 plain likelihood, 1 gradients of squared error.
     """
-    ok = torch.isfinite(y)
+    ok = _valued(y, pixel_weights)
     mean, log_var = raw[:, 0][ok], raw[:, 1][ok].clamp(*LOG_VAR_RANGE)
     loss = 0.5 * (log_var + (y[ok] - mean) ** 2 * torch.exp(-log_var))
     if beta > 0:
@@ -159,21 +112,70 @@ def gaussian_nll(
     return _masked_mean(loss, ok, pixel_weights)
 
 
+def huber_loss(
+    raw: Tensor, y: Tensor, *, pixel_weights: Tensor | None = None, delta: float = 1.0
+) -> Tensor:
+    """Huber loss of the centre (Huber 1964), and the scale of what it leaves.
+
+    The log variance learns from the absolute residual, which is taken as given: the Laplace
+    likelihood of |r|, in units such that the variance is that of a Gaussian with this mean
+    absolute residual, times the predicted sd, which is taken as given too (see
+    :func:`gaussian_nll` for why). So outliers pull neither the centre nor the scale by more than
+    their distance.
+
+    Args:
+        raw: (N, 2, h, w) centre and log variance, the latter clamped to ``LOG_VAR_RANGE``.
+        y: (N, h, w) in the same scale, NaN = no label.
+        pixel_weights: (N, h, w) >= 0.
+        delta: Residual from which on the loss is linear (training sds).
+    """
+    ok = _valued(y, pixel_weights)
+    centre, log_var = raw[:, 0][ok], raw[:, 1][ok].clamp(*LOG_VAR_RANGE)
+    loss = F.huber_loss(centre, y[ok], reduction="none", delta=delta)
+    size = (y[ok] - centre).detach().abs() * math.sqrt(math.pi / 2)
+    scale = log_var / 2 + size * torch.exp(-log_var / 2)
+    return _masked_mean(loss + scale * torch.exp(log_var.detach() / 2), ok, pixel_weights)
+
+
+def quantile_loss(raw: Tensor, y: Tensor, *, pixel_weights: Tensor | None = None) -> Tensor:
+    """Mean pinball loss (Koenker and Bassett 1978) of the three quantiles ``QUANTILES``.
+
+    Args:
+        raw: (N, 3, h, w) as :func:`terraloom.models.heads.quantiles_of` takes it.
+        y: (N, h, w) in the same scale, NaN = no label.
+        pixel_weights: (N, h, w) >= 0.
+    """
+    ok = _valued(y, pixel_weights)
+    q = quantiles_of(raw).movedim(1, -1)[ok]
+    over = y[ok][:, None] - q
+    level = torch.tensor(QUANTILES, dtype=q.dtype, device=q.device)
+    return _masked_mean(torch.maximum(level * over, (level - 1) * over).mean(1), ok, pixel_weights)
+
+
 #: See :func:`gaussian_nll`.
 _BETA = 1.0
+#: What these losses of a pixel never fall below, in the standardised scale: v ln(v) / 2 and
+#: s ln(s), each least at 1/e. The others are never negative.
+_FLOORS = {"gaussian": -0.5 / math.e, "huber": -1.0 / math.e}
+
+
+def loss_floor(task: TaskSpec) -> float:
+    """What the task's loss never falls below; 0 where it cannot be negative."""
+    return _FLOORS.get(task.loss_name, 0.0)
 
 
 class MultiTaskLoss:
-    """Weighted sum of the tasks' losses, each divided by its initial value.
-
-    The first finite loss of a task is its unit, so that tasks start level whatever their scale
-    (equal initial loss, a strong and simple baseline). A Gaussian log likelihood may be negative
-    later; its unit is therefore the loss of the constant prediction (.5), not a running value.
+    """The loss of each task, over the pixels of a batch that have a label of it.
 
     Args:
-        tasks: The tasks, with their weights.
+        tasks: The tasks, with the names of their losses.
         weights: Class weights per segmentation task, (K,).
-        settings: Settings of the segmentation loss.
+        settings: Constants of the segmentation losses; a task's own name, smoothing, Dice weight
+            and share to forget come before them.
+        transitions: (K, K) per task with loss ``forward``; row = true class, column = label.
+
+    Raises:
+        ModelError: A task with loss ``forward`` has no matrix.
     """
 
     def __init__(
@@ -181,53 +183,78 @@ class MultiTaskLoss:
         tasks: Sequence[TaskSpec],
         weights: Mapping[str, Tensor] | None = None,
         settings: SegmentationLoss | None = None,
+        *,
+        transitions: Mapping[str, npt.ArrayLike] | None = None,
     ) -> None:
         self._tasks = list(tasks)
         self._weights = dict(weights or {})
-        self._settings = settings
-        self.initial: dict[str, float] = {}
+        self._transitions = dict(transitions or {})
+        self._settings = {
+            t.name: _settings_of(t, settings or SegmentationLoss())
+            for t in tasks if t.kind == "segmentation"
+        }  # fmt: skip
+        for name, s in self._settings.items():
+            if s.name == "forward" and name not in self._transitions:
+                raise ModelError(
+                    "no transition matrix", where=f"task {name}, loss forward",
+                    allowed="(K, K), row = true class, column = label",
+                    fix="set labels.clean, which estimates it, or choose another loss",
+                )  # fmt: skip
 
     def each(
         self,
         raw: Mapping[str, Tensor],
         y: Mapping[str, Tensor],
         pixel_weights: Mapping[str, Tensor] | None = None,
+        soft: Mapping[str, Tensor] | None = None,
+        *,
+        done: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Loss per task that has a labelled pixel in this batch, in its own unit."""
+        """Loss per task that has a labelled pixel in this batch, in its own unit.
+
+        Args:
+            raw: Raw outputs per task, (N, c, h, w).
+            y: Labels per task, (N, h, w): classes, 255 = none, or values, NaN = none.
+            pixel_weights: (N, h, w) >= 0 per task that has them; 0 is as good as no label.
+            soft: Shares of the classes per task that has them, (N, K, h, w), of any sum.
+            done: Share of the training that is over (0-1), for small-loss selection.
+        """
         out: dict[str, Tensor] = {}
         for task in self._tasks:
-            t = y[task.name]
+            t, w = y[task.name], (pixel_weights or {}).get(task.name)
             labelled = t != IGNORE if task.kind == "segmentation" else torch.isfinite(t)
-            if not bool(labelled.any()):
+            if not bool((labelled if w is None else labelled & (w > 0)).any()):
                 continue
-            w = (pixel_weights or {}).get(task.name)
-            z = raw[task.name]
-            if task.kind == "segmentation":
-                out[task.name] = segmentation_loss(
-                    z, t, weights=self._weights.get(task.name), pixel_weights=w,
-                    settings=self._settings,
-                )  # fmt: skip
-            elif task.kind == "boundary":
-                out[task.name] = boundary_loss(z, t, pixel_weights=w)
-            else:
-                out[task.name] = gaussian_nll(z, task.standardise(t), pixel_weights=w, beta=_BETA)
+            out[task.name] = self._loss(task, raw[task.name], t, w, (soft or {}).get(task.name),
+                                        done)  # fmt: skip
         return out
 
-    def __call__(
-        self,
-        raw: Mapping[str, Tensor],
-        y: Mapping[str, Tensor],
-        pixel_weights: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor | None, dict[str, float]]:
-        """Total loss (None when no task has a label) and the losses per task."""
-        each = self.each(raw, y, pixel_weights)
-        total: Tensor | None = None
-        for task in self._tasks:
-            if task.name not in each:
-                continue
-            loss = each[task.name]
-            start = 0.5 if task.kind == "regression" else max(float(loss.detach()), 1e-3)
-            unit = self.initial.setdefault(task.name, start)
-            part = loss * (task.weight / unit)
-            total = part if total is None else total + part
-        return total, {k: float(v.detach()) for k, v in each.items()}
+    def _loss(
+        self, task: TaskSpec, z: Tensor, y: Tensor, w: Tensor | None, soft: Tensor | None,
+        done: float,
+    ) -> Tensor:  # fmt: skip
+        name = task.loss_name
+        if task.kind == "segmentation":
+            s = self._settings[task.name]
+            matrix = self._transitions.get(task.name) if s.name == "forward" else None
+            return segmentation_loss(
+                z, y, settings=s, weights=self._weights.get(task.name), pixel_weights=w,
+                soft=soft, transition=matrix, keep=s.keep(done),
+            )  # fmt: skip
+        if task.kind == "boundary":
+            return boundary_loss(z, y, pixel_weights=w)
+        if name == "gaussian":
+            return gaussian_nll(z, task.standardise(y), pixel_weights=w, beta=_BETA)
+        kinds: dict[str, Callable[..., Tensor]] = {"huber": huber_loss, "quantile": quantile_loss}
+        return kinds[name](z, task.standardise(y), pixel_weights=w)
+
+
+def _settings_of(task: TaskSpec, base: SegmentationLoss) -> SegmentationLoss:
+    """Settings of a task's segmentation loss: its own, else those of all tasks."""
+    return replace(
+        base,
+        name=base.name if task.loss == "auto" else cast(LossName, task.loss),
+        smoothing=task.smoothing or base.smoothing,
+        dice=task.dice or base.dice,
+        forget=task.forget or base.forget,
+    )

@@ -1,7 +1,7 @@
 """Networks for series of single pixels: irregular dates, gaps and missing bands.
 
-Three encoders turn a series into one vector, and the heads of :mod:`terraloom.models.heads` turn
-that into predictions:
+Encoders turn a series into one vector, and the heads of :mod:`terraloom.models.heads` turn that
+into predictions:
 
 - ``ltae``: each date is embedded by itself, and learnt queries weigh the dates (lightweight
   temporal attention; Garnot and Landrieu 2020, arXiv 2007.00586). The order of rows is no matter.
@@ -9,6 +9,8 @@ that into predictions:
   convolved (Pelletier, Webb and Petitjean 2019, Remote Sensing 11, 523).
 - ``gru``: gated recurrent units forwards and backwards over the valid dates in order of time
   (Cho et al. 2014, arXiv 1406.1078).
+- ``presto``: monthly means through a pre-trained transformer (:mod:`terraloom.models.presto`),
+  fine-tuned, frozen, or adapted by LoRA. Its bands are scaled as it was trained, not by the sample.
 
 What is not observed has no influence: padding, cloudy dates and missing bands are left out of
 attention, interpolation and recurrence, so the output is the same as without these rows. A missing
@@ -21,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,12 +34,12 @@ from torch import Tensor, nn
 from terraloom.errors import ModelError
 from terraloom.models.fusion import Normalisation
 from terraloom.models.heads import Head, TaskSpec, make_head
+from terraloom.models.interpolation import Series, in_order, interpolate
+from terraloom.models.presto import ADAPT, PrestoSeries, load_presto, presto_bands, presto_scaling
 
 __all__ = ["ENCODERS", "SeriesNet", "SeriesSpec", "pad_series"]
 
-ENCODERS = ("ltae", "tempcnn", "gru")
-#: Days; two dates on one day have no distance to divide by.
-_EPS = 1e-6
+ENCODERS = ("ltae", "tempcnn", "gru", "presto")
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,7 +51,7 @@ class SeriesSpec:
     Attributes:
         bands: Names of the bands, in the order of the last axis of the input.
         tasks: What the heads predict.
-        encoder: ``ltae``, ``tempcnn`` or ``gru``.
+        encoder: ``ltae``, ``tempcnn``, ``gru`` or ``presto``.
         width: Channels of the encoder and of its output (count).
         layers: Convolutions of ``tempcnn``, or recurrent layers of ``gru`` (count).
         heads: Attention heads of ``ltae`` (count); divides ``width``.
@@ -60,6 +63,10 @@ class SeriesSpec:
             one, and days that count on past the first year.
         harmonics: Sine and cosine pairs that encode the day (count).
         dropout: Share of features dropped in training (0-1).
+        adapt: What is trained of ``presto``: ``fine-tune``, ``frozen`` or ``lora``.
+        rank: Rank of the additions of LoRA (count).
+        alpha: Weight of these additions times their rank.
+        lat_lon: Place of the area for ``presto`` (latitude, longitude; degrees); None = unknown.
     """
 
     bands: tuple[str, ...]
@@ -75,6 +82,10 @@ class SeriesSpec:
     period_days: float = 365.25
     harmonics: int = 8
     dropout: float = 0.2
+    adapt: str = "fine-tune"
+    rank: int = 8
+    alpha: float = 16.0
+    lat_lon: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         def refuse(found: str, key: str, allowed: str) -> None:
@@ -99,6 +110,10 @@ class SeriesSpec:
             refuse(f"period of {self.period_days} days", "period_days", "finite and above 0")
         if not 0 <= self.dropout < 1:
             refuse(f"dropout {self.dropout}", "dropout", "0 to below 1")
+        if self.adapt not in ADAPT:
+            refuse(f"adapt {self.adapt!r}", "adapt", ", ".join(ADAPT))
+        if self.lat_lon and not (abs(self.lat_lon[0]) <= 90 and abs(self.lat_lon[1]) <= 360):
+            refuse(f"place {self.lat_lon}", "lat_lon", "latitude, longitude in degrees")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the member's card."""
@@ -118,7 +133,10 @@ class SeriesSpec:
                 fix="use the version of Terraloom that wrote it, or train again",
             )  # fmt: skip
         tasks = tuple(TaskSpec.from_json(t) for t in card["tasks"])
-        return cls(**{**card, "bands": tuple(card["bands"]), "tasks": tasks})
+        given = {**card, "bands": tuple(card["bands"]), "tasks": tasks}
+        if given.get("lat_lon") is not None:
+            given["lat_lon"] = tuple(given["lat_lon"])
+        return cls(**given)
 
 
 def pad_series(
@@ -153,25 +171,17 @@ def pad_series(
     return x, t
 
 
-@dataclass(frozen=True)
-class _Series:
-    """Prepared input: values (N, T, B) and their mask, position in the season, dates that count."""
-
-    x: Tensor
-    mask: Tensor
-    t: Tensor
-    date: Tensor
-
-
 class SeriesNet(nn.Module):
     """Encoder of pixel series with one head per task.
 
     Args:
         spec: Bands, tasks and size.
         normalisation: Mean and sd per band of the training pixels; None leaves values as they are.
+            ``presto`` has its own scaling and takes none: values are in the units of
+            :func:`terraloom.models.presto.presto_scaling`.
 
     Raises:
-        ModelError: The normalisation does not fit the bands.
+        ModelError: The normalisation does not fit the bands, or ``presto`` does not know a band.
     """
 
     mean: Tensor
@@ -182,6 +192,8 @@ class SeriesNet(nn.Module):
         self.spec = spec
         b = len(spec.bands)
         norm = normalisation or Normalisation((0.0,) * b, (1.0,) * b)
+        if spec.encoder == "presto":
+            norm = presto_scaling(presto_bands(spec.bands))
         if norm.decibel or len(norm.mean) != b or len(norm.std) != b or min(norm.std) <= 0:
             raise ModelError(
                 f"{len(norm.mean)} means and {len(norm.std)} sds", where="SeriesNet.normalisation",
@@ -189,7 +201,8 @@ class SeriesNet(nn.Module):
             )  # fmt: skip
         self.register_buffer("mean", torch.tensor(norm.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(norm.std, dtype=torch.float32))
-        kinds = {"ltae": _Attention, "tempcnn": _Convolutions, "gru": _Recurrence}
+        kinds = {"ltae": _Attention, "tempcnn": _Convolutions, "gru": _Recurrence,
+                 "presto": _Pretrained}  # fmt: skip
         self.encoder: nn.Module = kinds[spec.encoder](spec)
         self.drop = nn.Dropout(spec.dropout)
         self.heads = nn.ModuleDict({t.name: make_head(t, spec.width) for t in spec.tasks})
@@ -197,10 +210,30 @@ class SeriesNet(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Trainable parameters: encoder, heads, total."""
         parts = {"encoder": self.encoder, "heads": self.heads}
-        counts = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
+        counts = {k: sum(p.numel() for p in m.parameters() if p.requires_grad)
+                  for k, m in parts.items()}  # fmt: skip
         return {**counts, "total": sum(counts.values())}
 
-    def prepare(self, x: Tensor, days: Tensor, valid: Tensor | None = None) -> _Series:
+    def load_pretrained(self, path: Path | str) -> list[nn.Parameter]:
+        """Put published weights into the encoder.
+
+        Args:
+            path: File of weights, see :func:`terraloom.models.presto.load_presto`.
+
+        Returns:
+            The parameters that come from the file and are trained.
+
+        Raises:
+            ModelError: The encoder has no published weights, or the file does not fit.
+        """
+        if not isinstance(self.encoder, _Pretrained):
+            raise ModelError(f"weights {path} for {self.spec.encoder}", where="SeriesNet",
+                             allowed="encoder presto", fix="leave the weights out")  # fmt: skip
+        encoder = self.encoder.presto.encoder
+        load_presto(encoder, path)
+        return [p for k, p in encoder.named_parameters() if p.requires_grad and ".lora_" not in k]
+
+    def prepare(self, x: Tensor, days: Tensor, valid: Tensor | None = None) -> Series:
         """Standardised values and masks; see :meth:`forward` for the arguments."""
         b = len(self.spec.bands)
         if x.ndim != 3 or x.shape[2] != b or days.shape != x.shape[:2]:
@@ -217,7 +250,7 @@ class SeriesNet(nn.Module):
         date = mask.any(-1)
         t = torch.remainder(days - self.spec.start_day, self.spec.period_days)
         t = torch.where(date, t, torch.zeros_like(t))
-        return _Series(z * mask, mask, t, date)
+        return Series(z * mask, mask, t, date)
 
     def forward(self, x: Tensor, days: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Raw head outputs per task: logits, or mean and log variance (standardised).
@@ -302,7 +335,7 @@ class _Attention(nn.Module):
         weights: Tensor = score.softmax(1) * date[..., None]
         return weights
 
-    def forward(self, s: _Series) -> Tensor:
+    def forward(self, s: Series) -> Tensor:
         """(N, width)."""
         e = self.embed(torch.cat([s.x, s.mask.to(s.x.dtype)], -1)) + self.place(self.code(s.t))
         n, length, w = e.shape
@@ -332,9 +365,9 @@ class _Convolutions(nn.Module):
         self.convolve = nn.Sequential(*layers)
         self.out = nn.Sequential(nn.Linear(w * spec.steps, w), nn.LayerNorm(w), nn.ReLU())
 
-    def forward(self, s: _Series) -> Tensor:
+    def forward(self, s: Series) -> Tensor:
         """(N, width)."""
-        value, near = _interpolate(s, self.grid, self.step)
+        value, near = interpolate(s, self.grid, self.step)
         f = self.convolve(torch.cat([value, near], -1).transpose(1, 2))
         out: Tensor = self.out(f.flatten(1))
         return out
@@ -351,13 +384,13 @@ class _Recurrence(nn.Module):
         self.gru = nn.GRU(w, w // 2, spec.layers, batch_first=True, bidirectional=True)
         self.out = nn.Sequential(nn.Linear(2 * w, w), nn.LayerNorm(w), nn.ReLU())
 
-    def forward(self, s: _Series) -> Tensor:
+    def forward(self, s: Series) -> Tensor:
         """(N, width)."""
         longest = int(s.date.sum(1).max()) if s.date.numel() else 0
         seen = s.date.any(1, keepdim=True)
         if longest == 0:
             return self._finish(s.x.new_zeros((len(s.x), 2 * self.embed.out_features)), seen)
-        s = _sorted(s, longest)
+        s = in_order(s, longest)
         gap = torch.diff(s.t, dim=1, prepend=s.t[:, :1]) / self.period
         x = torch.cat([s.x, s.mask.to(s.x.dtype), self.code(s.t), gap[..., None]], -1)
         lengths = s.date.sum(1).clamp_min(1).cpu()
@@ -377,50 +410,20 @@ class _Recurrence(nn.Module):
         return out
 
 
-def _sorted(s: _Series, keep: int) -> _Series:
-    """Dates in order of time, those that do not count last; the first ``keep`` of them."""
-    t = torch.where(s.date, s.t, torch.full_like(s.t, math.inf))
-    order = t.argsort(dim=1, stable=True)[:, :keep]
-    deep = order[..., None].expand(-1, -1, s.x.shape[2])
-    return _Series(s.x.gather(1, deep), s.mask.gather(1, deep), s.t.gather(1, order),
-                   s.date.gather(1, order))  # fmt: skip
+class _Pretrained(nn.Module):
+    """Presto, and a trained projection of its features to the width of the network."""
 
+    def __init__(self, spec: SeriesSpec) -> None:
+        super().__init__()
+        w = spec.width
+        self.presto = PrestoSeries(
+            spec.bands, start_day=spec.start_day, period_days=spec.period_days, adapt=spec.adapt,
+            rank=spec.rank, alpha=spec.alpha, lat_lon=spec.lat_lon,
+        )  # fmt: skip
+        features = self.presto.encoder.width
+        self.out = nn.Sequential(nn.Linear(features, w), nn.LayerNorm(w), nn.ReLU())
 
-def _interpolate(s: _Series, grid: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Linear interpolation of each band between its own observations, the nearest one outside.
-
-    Args:
-        s: Prepared input.
-        grid: (G,) days into the season, ascending.
-        step: Days between them.
-
-    Returns:
-        Values (N, G, B), 0 without an observation, and nearness exp(-days / step) to the nearest
-        observation, 0 without one.
-    """
-    n, length, bands = s.x.shape
-    if length == 0:
-        empty = s.x.new_zeros((n, len(grid), bands))
-        return empty, empty
-    s = _sorted(s, length)
-    # Dates that do not count stand last, after every day of the grid.
-    t = torch.where(s.date, s.t, torch.full_like(s.t, math.inf)).contiguous()
-    at = torch.arange(length, device=s.x.device)[None, :, None]
-    earlier = torch.where(s.mask, at, -1).cummax(1)[0]
-    later = torch.where(s.mask, at, length).flip(1).cummin(1)[0].flip(1)
-    right = torch.searchsorted(t, grid.expand(n, -1).contiguous(), right=True)
-    left_at = (right - 1)[..., None].expand(-1, -1, bands)
-    right_at = right[..., None].expand(-1, -1, bands)
-    i = torch.where(left_at >= 0, earlier.gather(1, left_at.clamp_min(0)), -1)
-    j = torch.where(right_at < length, later.gather(1, right_at.clamp_max(length - 1)), length)
-    has_i, has_j = i >= 0, j < length
-    i, j = i.clamp_min(0), j.clamp_max(length - 1)
-    times = s.t[..., None].expand(-1, -1, bands)
-    before = torch.where(has_i, grid[:, None] - times.gather(1, i), math.inf)
-    after = torch.where(has_j, times.gather(1, j) - grid[:, None], math.inf)
-    share = torch.where(has_i & has_j, before / (before + after).clamp_min(_EPS), 0.0)
-    share = torch.where(has_j & ~has_i, 1.0, share)
-    value = torch.where(share < 1, s.x.gather(1, i) * (1 - share), 0.0) + s.x.gather(1, j) * share
-    seen = has_i | has_j
-    near = torch.exp(-torch.minimum(before, after) / step)
-    return torch.where(seen, value, 0.0), near
+    def forward(self, s: Series) -> Tensor:
+        """(N, width)."""
+        out: Tensor = self.out(self.presto(s.x, s.mask, s.t)) * s.date.any(1, keepdim=True)
+        return out

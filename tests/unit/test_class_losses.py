@@ -1,6 +1,8 @@
-"""Noise-robust losses: their limits, gradients, published examples, and a world with noise."""
+"""Losses of class labels: limits, gradients, published examples, shares, a world with noise."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,26 +12,28 @@ from torch.nn import functional as F
 
 from terraloom.errors import LabelError, ModelError
 from terraloom.labels.corrupt import flip, noise_rate
-from terraloom.models.losses import IGNORE, segmentation_loss
-from terraloom.models.robust import (
-    RobustLoss,
+from terraloom.models.class_losses import (
+    SegmentationLoss,
     co_teaching_loss,
     keep_rate,
     labelled_pixels,
     pixel_loss,
-    robust_loss,
+    segmentation_loss,
     select_small,
 )
+from terraloom.models.losses import IGNORE
 
 #: Row = true class, column = label.
 NOISE = np.array([[0.8, 0.1, 0.1], [0.15, 0.8, 0.05], [0.05, 0.15, 0.8]])
 SETTINGS = {
-    "ce": RobustLoss(),
-    "gce": RobustLoss("gce"),
-    "sce": RobustLoss("sce"),
-    "forward": RobustLoss("forward"),
-    "soft_bootstrap": RobustLoss("soft_bootstrap"),
-    "hard_bootstrap": RobustLoss("hard_bootstrap"),
+    "ce": SegmentationLoss(),
+    "gce": SegmentationLoss("gce"),
+    "sce": SegmentationLoss("sce"),
+    "forward": SegmentationLoss("forward"),
+    "soft_bootstrap": SegmentationLoss("soft_bootstrap"),
+    "hard_bootstrap": SegmentationLoss("hard_bootstrap"),
+    "focal": SegmentationLoss("focal"),
+    "ordinal": SegmentationLoss("ordinal"),
 }
 
 
@@ -38,7 +42,7 @@ def matrix(name: str) -> np.ndarray | None:
 
 
 def value(*args, **settings) -> float:
-    return float(robust_loss(*args, **settings).detach())
+    return float(segmentation_loss(*args, **settings).detach())
 
 
 def pixel(*args) -> float:
@@ -54,47 +58,108 @@ def window(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     return torch.randn((2, 3, 5, 4), generator=g, dtype=dtype), y
 
 
-def test_the_default_is_the_cross_entropy_that_the_networks_use() -> None:
+def test_the_default_is_torchs_cross_entropy() -> None:
     z, y = window()
-    weights, pixels = torch.tensor([0.5, 1.0, 2.0]), torch.rand(y.shape).double()
-    ours = value(z, y, weights=weights, pixel_weights=pixels)
-    assert ours == pytest.approx(
-        float(segmentation_loss(z, y, weights=weights, pixel_weights=pixels))
-    )
+    weights = torch.tensor([0.5, 1.0, 2.0])
     torch_s = F.cross_entropy(z, y.long(), weight=weights.double(), ignore_index=IGNORE)
     assert value(z, y, weights=weights) == pytest.approx(float(torch_s))
+    smooth = F.cross_entropy(z, y.long(), ignore_index=IGNORE, label_smoothing=0.1)
+    found = value(z, y, settings=SegmentationLoss(smoothing=0.1))
+    assert found == pytest.approx(float(smooth))
+
+
+def test_focal_worked_value_and_limit() -> None:
+    """Lin et al. 2017: gamma 2 and p = .9 is 100 times below the cross entropy."""
+    z, y = window()
+    assert value(z, y, settings=SegmentationLoss("focal", gamma=0)) == value(z, y)
+    logp = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+    easy = pixel(logp, torch.tensor([0]), SegmentationLoss("focal"))
+    assert easy == pytest.approx(-np.log(0.9) / 100)
+    sure = torch.tensor([[60.0, -60.0]], requires_grad=True)
+    segmentation_loss(sure, torch.tensor([0], dtype=torch.uint8),
+                      settings=SegmentationLoss("focal", gamma=0.5)).backward()  # fmt: skip
+    assert torch.isfinite(sure.grad).all()
+
+
+def test_ordinal_errors_cost_their_distance() -> None:
+    sure = torch.full((5, 5), -1e3, dtype=torch.float64).fill_diagonal_(0.0)
+    cost = pixel_loss(sure, torch.zeros(5, dtype=torch.int64), SegmentationLoss("ordinal"))
+    assert cost.tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    # The cross entropy does not know the order: .4 on the neighbour or at the far end.
+    near, far = [0.6, 0.4, 0.0], [0.6, 0.0, 0.4]
+    logp = torch.tensor([near, far], dtype=torch.float64).clamp_min(1e-12).log()
+    label = torch.tensor([0, 0])
+    plain = pixel_loss(logp, label)
+    assert float(plain[0]) == pytest.approx(float(plain[1]))
+    ranked = pixel_loss(logp, label, SegmentationLoss("ordinal"))
+    assert ranked.tolist() == pytest.approx([0.08, 0.16])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("extra", [{}, {"smoothing": 0.1}, {"dice": 1.0}])
+def test_one_hot_shares_are_the_label(name: str, extra: dict) -> None:
+    z, y = window()
+    s, weights = replace(SETTINGS[name], **extra), torch.tensor([0.5, 1.0, 2.0])
+    pixels = torch.rand(y.shape, generator=torch.Generator().manual_seed(2)).double()
+    pixels[0, 0] = 0
+    soft = 255 * F.one_hot(y.long().clamp(max=2), 3).movedim(-1, 1).to(torch.uint8)
+    soft[1, :, 0] = 0  # no shares here: the class counts
+    k = {"settings": s, "weights": weights, "pixel_weights": pixels, "transition": matrix(name)}
+    for keep in (1.0, 0.6):
+        hard = value(z, y, keep=keep, **k)
+        assert value(z, y, soft=soft, keep=keep, **k) == pytest.approx(hard, rel=1e-12)
+    # Shares without a label have no influence.
+    soft.movedim(1, -1)[y == IGNORE] = 77
+    assert value(z, y, soft=soft, **k) == pytest.approx(value(z, y, **k), rel=1e-12)
+
+
+def test_shares_are_what_training_ends_at() -> None:
+    """Proper losses of shares are least where the prediction has these shares; of any sum."""
+    share = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    soft = (share * 250).round().to(torch.uint8).repeat(4, 1)
+    y = torch.zeros(4, dtype=torch.uint8)
+    for s in (SegmentationLoss(), SegmentationLoss("ordinal"), SegmentationLoss(dice=1.0)):
+        z = torch.zeros((4, 3), dtype=torch.float64, requires_grad=True)
+        opt = torch.optim.Adam([z], lr=0.02)
+        for _ in range(800):
+            opt.zero_grad()
+            segmentation_loss(z, y, settings=s, soft=soft).backward()
+            opt.step()
+        assert torch.allclose(z.detach().softmax(1), share.expand(4, 3), atol=0.01), s
+    with pytest.raises(ModelError, match="shares"):
+        segmentation_loss(z, y, soft=soft[:, :2])
 
 
 def test_gce_has_its_two_limits() -> None:
     """Zhang and Sabuncu 2018: q -> 0 is the cross entropy, q = 1 the mean absolute error."""
     z, y = window()
     ce = value(z, y)
-    assert value(z, y, settings=RobustLoss("gce", q=0)) == ce
-    assert value(z, y, settings=RobustLoss("gce", q=1e-9)) == pytest.approx(ce, rel=1e-7)
+    assert value(z, y, settings=SegmentationLoss("gce", q=0)) == ce
+    assert value(z, y, settings=SegmentationLoss("gce", q=1e-9)) == pytest.approx(ce, rel=1e-7)
     logits, target, _ = labelled_pixels(z, y)
     p = logits.softmax(1)
     mae = (p - F.one_hot(target, 3)).abs().sum(1).mean() / 2
-    assert value(z, y, settings=RobustLoss("gce", q=1)) == pytest.approx(float(mae))
+    assert value(z, y, settings=SegmentationLoss("gce", q=1)) == pytest.approx(float(mae))
     # In single precision the plain formula has lost the loss: 1 - p^q is a few ulp.
-    single = value(z.float(), y, settings=RobustLoss("gce", q=1e-6))
+    single = value(z.float(), y, settings=SegmentationLoss("gce", q=1e-6))
     assert single == pytest.approx(ce, rel=1e-4)
 
 
 def test_gce_worked_value() -> None:
     logp = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
-    assert pixel(logp, torch.tensor([0]), RobustLoss("gce", q=0.5)) == pytest.approx(1.0)
+    assert pixel(logp, torch.tensor([0]), SegmentationLoss("gce", q=0.5)) == pytest.approx(1.0)
 
 
 def test_sce_worked_value() -> None:
     """Wang et al. 2019: .1 CE + 1 RCE, RCE = -A (1 - p) with A = -4."""
     logp = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
-    found = pixel(logp, torch.tensor([0]), RobustLoss("sce"))
+    found = pixel(logp, torch.tensor([0]), SegmentationLoss("sce"))
     assert found == pytest.approx(0.1 * np.log(4) + 4 * 0.75)
 
 
 def test_sce_without_its_second_part_is_the_cross_entropy() -> None:
     z, y = window()
-    only_ce = RobustLoss("sce", alpha=1, beta=0)
+    only_ce = SegmentationLoss("sce", alpha=1, beta=0)
     assert value(z, y, settings=only_ce) == pytest.approx(value(z, y))
 
 
@@ -103,7 +168,7 @@ def test_forward_is_the_cross_entropy_of_what_labels_should_look_like() -> None:
     logits, target, _ = labelled_pixels(z, y)
     seen = logits.softmax(1) @ torch.from_numpy(NOISE)  # (T' p) per pixel
     expected = F.nll_loss(seen.log(), target)
-    forward = RobustLoss("forward")
+    forward = SegmentationLoss("forward")
     assert value(z, y, settings=forward, transition=NOISE) == pytest.approx(float(expected))
     plain = value(z, y, settings=forward, transition=np.eye(3))
     assert plain == pytest.approx(value(z, y), rel=1e-6)
@@ -115,10 +180,10 @@ def test_bootstrap_targets() -> None:
     label = torch.tensor([0])
     soft = -(0.95 * p.log()[0, 0] + 0.05 * (p * p.log()).sum())
     hard = -(0.8 * p.log()[0, 0] + 0.2 * p.log()[0, 1])
-    assert pixel(p.log(), label, RobustLoss("soft_bootstrap")) == pytest.approx(float(soft))
-    assert pixel(p.log(), label, RobustLoss("hard_bootstrap")) == pytest.approx(float(hard))
+    assert pixel(p.log(), label, SegmentationLoss("soft_bootstrap")) == pytest.approx(float(soft))
+    assert pixel(p.log(), label, SegmentationLoss("hard_bootstrap")) == pytest.approx(float(hard))
     for name in ("soft_bootstrap", "hard_bootstrap"):
-        trusting = RobustLoss(name, trust=1.0)  # type: ignore[arg-type]
+        trusting = SegmentationLoss(name, trust=1.0)  # type: ignore[arg-type]
         assert pixel(p.log(), label, trusting) == pytest.approx(-np.log(0.2))
 
 
@@ -128,7 +193,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
     z.requires_grad_()
 
     def loss(logits: Tensor) -> Tensor:
-        return robust_loss(logits, y, settings=SETTINGS[name], transition=matrix(name))
+        return segmentation_loss(logits, y, settings=SETTINGS[name], transition=matrix(name))
 
     assert torch.autograd.gradcheck(loss, (z,))
 
@@ -138,7 +203,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
 def test_confident_errors_give_finite_gradients(name: str, dtype: torch.dtype) -> None:
     z = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0]], dtype=dtype, requires_grad=True)
     y = torch.tensor([1, 1], dtype=torch.uint8)
-    loss = robust_loss(z, y, settings=SETTINGS[name], transition=matrix(name))
+    loss = segmentation_loss(z, y, settings=SETTINGS[name], transition=matrix(name))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
 
@@ -150,7 +215,7 @@ def test_gce_and_mae_do_not_run_after_outliers() -> None:
     size = {}
     for name in ("ce", "gce", "sce"):
         at = z.clone().requires_grad_()
-        robust_loss(at, y, settings=SETTINGS[name]).backward()
+        segmentation_loss(at, y, settings=SETTINGS[name]).backward()
         size[name] = float(at.grad.abs().max())
     p = float(z.softmax(1)[0, 1])
     assert size["gce"] == pytest.approx(size["ce"] * p**0.7)
@@ -166,7 +231,7 @@ def test_ignored_pixels_do_not_matter(name: str, keep: float) -> None:
 
     def grad(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
         at = logits.clone().requires_grad_()
-        loss = robust_loss(at, labels, settings=SETTINGS[name], transition=matrix(name),
+        loss = segmentation_loss(at, labels, settings=SETTINGS[name], transition=matrix(name),
                            pixel_weights=weights, keep=keep)  # fmt: skip
         loss.backward()
         return float(loss.detach()), at.grad
@@ -206,7 +271,7 @@ def test_a_window_without_a_label_has_loss_zero() -> None:
     z, y = window()
     z.requires_grad_()
     for name, s in SETTINGS.items():
-        loss = robust_loss(z, torch.full_like(y, IGNORE), settings=s, transition=matrix(name),
+        loss = segmentation_loss(z, torch.full_like(y, IGNORE), settings=s, transition=matrix(name),
                            keep=0.5)  # fmt: skip
         loss.backward()
         assert float(loss.detach()) == 0
@@ -217,9 +282,9 @@ def test_keep_rate_is_co_teachings_schedule() -> None:
     """Han et al. 2018: R(t) = 1 - min(t / T_k tau, tau)."""
     rates = [keep_rate(t, 0.4, 10) for t in (0, 5, 10, 50)]
     assert rates == pytest.approx([1, 0.8, 0.6, 0.6])
-    assert RobustLoss(forget=0.4, forget_by=0.1).keep(5, 100) == pytest.approx(0.8)
-    assert RobustLoss(forget=0.4, forget_by=0).keep(0, 100) == pytest.approx(0.6)
-    assert RobustLoss().keep(99, 100) == 1
+    assert SegmentationLoss(forget=0.4, forget_by=0.1).keep(5, 100) == pytest.approx(0.8)
+    assert SegmentationLoss(forget=0.4, forget_by=0).keep(0, 100) == pytest.approx(0.6)
+    assert SegmentationLoss().keep(99, 100) == 1
 
 
 def test_small_losses_are_selected() -> None:
@@ -237,7 +302,7 @@ def test_a_class_that_is_hard_is_not_left_out() -> None:
     y = torch.tensor([0] * 8 + [1] * 2, dtype=torch.uint8)
     for per_class in (True, False):
         z.grad = None
-        robust_loss(z, y, settings=RobustLoss(per_class=per_class), keep=0.5).backward()
+        segmentation_loss(z, y, settings=SegmentationLoss(per_class=per_class), keep=0.5).backward()
         assert bool((z.grad[8:] != 0).any()) == per_class
 
 
@@ -260,7 +325,7 @@ def blobs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (centre[y] + rng.normal(0, 0.6, (n, 2))).astype(np.float32), y.astype(np.uint8)
 
 
-def train(x: np.ndarray, y: np.ndarray, s: RobustLoss, t: np.ndarray | None = None) -> Tensor:
+def train(x: np.ndarray, y: np.ndarray, s: SegmentationLoss, t: np.ndarray | None = None) -> Tensor:
     """Logistic regression by LBFGS, (3, 3): weights and bias."""
     z = torch.from_numpy(np.column_stack([x, np.ones(len(x))])).double()
     target = torch.from_numpy(y)
@@ -269,7 +334,7 @@ def train(x: np.ndarray, y: np.ndarray, s: RobustLoss, t: np.ndarray | None = No
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = robust_loss(z @ w, target, settings=s, transition=t) + 1e-5 * (w**2).sum()
+        loss = segmentation_loss(z @ w, target, settings=s, transition=t) + 1e-5 * (w**2).sum()
         loss.backward()
         return loss
 
@@ -291,9 +356,9 @@ def test_forward_correction_recovers_the_clean_classifier() -> None:
     x, true = blobs(6000, 1)
     label = flip(true, noise, np.random.default_rng(2))
     assert noise_rate(true, label) > 0.15
-    clean = train(x, true, RobustLoss())
-    plain = train(x, label, RobustLoss())
-    forward = train(x, label, RobustLoss("forward"), noise)
+    clean = train(x, true, SegmentationLoss())
+    plain = train(x, label, SegmentationLoss())
+    forward = train(x, label, SegmentationLoss("forward"), noise)
     test_x, test_y = blobs(6000, 3)
     off = {
         name: np.abs(probabilities(w, test_x) - probabilities(clean, test_x)).mean()
@@ -310,24 +375,24 @@ def test_forward_correction_recovers_the_clean_classifier() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"name": "mse"}, {"q": 1.2}, {"alpha": -1}, {"log_zero": 0}, {"trust": 2}, {"forget": 1},
-     {"forget_by": -0.1}, {"q": float("nan")}],
+     {"forget_by": -0.1}, {"q": float("nan")}, {"gamma": -1}, {"smoothing": 1}, {"dice": -1}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict) -> None:
     with pytest.raises(ModelError, match="allowed"):
-        RobustLoss(**settings)
+        SegmentationLoss(**settings)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     z, y = window()
     with pytest.raises(ModelError, match="no transition matrix"):
-        robust_loss(z, y, settings=RobustLoss("forward"))
+        segmentation_loss(z, y, settings=SegmentationLoss("forward"))
     with pytest.raises(ModelError, match="only with it"):
-        robust_loss(z, y, transition=NOISE)
+        segmentation_loss(z, y, transition=NOISE)
     with pytest.raises(LabelError, match="row 0"):
-        robust_loss(z, y, settings=RobustLoss("forward"), transition=NOISE * 2)
+        segmentation_loss(z, y, settings=SegmentationLoss("forward"), transition=NOISE * 2)
     with pytest.raises(LabelError, match=r"\(2, 2\)"):
-        robust_loss(z, y, settings=RobustLoss("forward"), transition=np.eye(2))
+        segmentation_loss(z, y, settings=SegmentationLoss("forward"), transition=np.eye(2))
     with pytest.raises(ModelError, match="for logits"):
-        robust_loss(z, y[:1])
+        segmentation_loss(z, y[:1])
     with pytest.raises(ModelError, match="classes 0-7"):
-        robust_loss(z, torch.where(y == 1, torch.tensor(7, dtype=torch.uint8), y))
+        segmentation_loss(z, torch.where(y == 1, torch.tensor(7, dtype=torch.uint8), y))
