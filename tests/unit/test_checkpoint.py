@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from affine import Affine
+from odc.geo.geobox import GeoBox
 from test_fit import FAST, TASKS, make_chips
 
 from terraloom.config.load import load_campaign
-from terraloom.io import read_json, sha256, write_store
+from terraloom.errors import StateError
+from terraloom.grid import geobox_record
+from terraloom.io import sha256, write_store
 from terraloom.train import fit as fitting
 from terraloom.train import run
 from terraloom.train.checkpoint import Checkpoint, Progress
@@ -20,6 +25,7 @@ from terraloom.train.fit import FitResult, fit_member, save_fit
 ROOT = Path(__file__).parents[2]
 SETTINGS = replace(FAST, epochs=2, dropout=0.1)
 CHIPS = make_chips(3)
+GRID = geobox_record(GeoBox((288, 96), Affine(10, 0, 0, 0, -10, 0), "EPSG:32633"))
 
 
 @pytest.fixture(autouse=True)
@@ -121,41 +127,60 @@ def test_states_are_written_no_more_often_than_asked(tmp_path: Path) -> None:
     assert fitting.Checkpoint is Checkpoint
 
 
-def test_finished_members_are_kept_and_killed_ones_go_on(
+def test_a_killed_member_of_a_campaign_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_store(run.CHIPS, CHIPS)
-    campaign = load_campaign(ROOT / "config/campaigns/rehearsal.yaml")
-    model = campaign.model.model_copy(update={"members": 2, "epochs": 1, "width": 4})
+    run.CHIPS.with_name("folds.gpkg").write_bytes(b"")
+    campaign = load_campaign(ROOT / "config/campaigns/havel.yaml")
+    model = campaign.model.model_copy(update={"epochs": 1, "width": 4})
     campaign = campaign.model_copy(update={"model": model})
     monkeypatch.setattr(run, "task_specs", lambda c: list(TASKS))
     monkeypatch.setattr(run, "Checkpoint", lambda path, origin: Checkpoint(path, origin, every_s=0))
-    trained: list[int] = []
-    fit = run.fit_member
-
-    def counting(*args: object, member: int, **more: object) -> FitResult:
-        trained.append(member)
-        return fit(*args, member=member, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(run, "fit_member", counting)
     with monkeypatch.context() as m, pytest.raises(Killed):
-        keep, started = Checkpoint.keep, []
+        kill_after(m, 2)
+        run.train_member(campaign, 0, 1)
+    assert [p.name for p in run.WORK.iterdir()] == ["fold-0-member-1.safetensors"]
+    assert not run.member_files(0)
+    run.train_member(campaign, 0, 1)
+    assert run.member_files(0) == [run.member_file(0, 1)]
+    assert not list(run.WORK.iterdir()), "the state of a finished training is left"
+    first = sha256(run.member_file(0, 1))
+    run.train_member(campaign, 0, 1)
+    assert sha256(run.member_file(0, 1)) == first
+    run.train_member(campaign.model_copy(update={"seed": 1}), 0, 1)
+    assert sha256(run.member_file(0, 1)) != first
 
-        def dying(self: Checkpoint, now: Progress) -> None:
-            keep(self, now)
-            started.append(self.path.name)
-            if self.path.name == "fold-0-member-1.safetensors":
-                raise Killed
 
-        m.setattr(Checkpoint, "keep", dying)
-        run.train_fold(campaign, 0)
-    assert trained == [0, 1] and not (run.fold_folder(0) / "card.json").exists()
-    first = sha256(run.fold_folder(0) / "member-0.safetensors")
-    run.train_fold(campaign, 0)
-    assert trained == [0, 1, 1], "the finished member was trained again"
-    card = read_json(run.fold_folder(0) / "card.json")["members"]
-    assert card["member-0.safetensors"] == first and len(card) == 2
-    assert not list(run.WORK.glob("*")), "states of finished trainings are left"
-    run.train_fold(campaign.model_copy(update={"seed": 1}), 0)
-    assert trained == [0, 1, 1, 0, 1], "another seed must train anew"
+def test_a_buffer_and_several_processes_reach_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chips = CHIPS.assign_coords(row=("n", [0, 96, 192]), col=("n", [0, 0, 0]))
+    write_store(run.CHIPS, chips.assign_attrs(GRID))
+    run.CHIPS.with_name("folds.gpkg").write_bytes(b"")
+    campaign = load_campaign(ROOT / "config/campaigns/havel.yaml")
+    folds = campaign.folds.model_copy(update={"buffer_m": 60.0})
+    campaign = campaign.model_copy(update={"folds": folds})
+    monkeypatch.setattr(run, "task_specs", lambda c: list(TASKS))
+    tasks = [t.model_copy(update={"name": n}) for t, n in
+             zip(campaign.tasks, ("cover", "edge"), strict=True)]  # fmt: skip
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(run, "fit_member", lambda *a, **k: seen.update(k) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train_member(campaign.model_copy(update={"tasks": tasks}), 0, 0)
+    keep = seen["keep"]
+    assert isinstance(keep, np.ndarray) and 0 < keep.mean() < 1
+    several = campaign.model_copy(
+        update={"model": campaign.model.model_copy(update={"processes": 2})}
+    )
+    called: list[list[str]] = []
+
+    class Done:
+        returncode = 3
+
+    monkeypatch.setattr(run.subprocess, "run", lambda c, check: called.append(c) or Done())
+    with pytest.raises(StateError, match="2 processes ended with code 3"):
+        run.train_member(several, 0, 0)
+    assert "--nproc-per-node=2" in called[0] and "terraloom.cli" in called[0]

@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from test_checkpoint import Killed, kill_after
 from test_fit import COVER, FAST, TASKS, make_chips
+from torch import Tensor
 
 from terraloom.errors import FoldError, ModelError
 from terraloom.io import read_store, write_store
@@ -169,10 +170,10 @@ def test_a_diverged_training_names_its_windows_and_keeps_the_state(
 ) -> None:
     run = loop._Step.forward
 
-    def broken(self: loop._Step, batch: object) -> object:
-        total, each = run(self, batch)  # type: ignore[arg-type]
+    def broken(self: loop._Step, batch: object, done: float) -> dict[str, Tensor]:
+        each = run(self, batch, done)  # type: ignore[arg-type]
         taken.append(1)
-        return (total * float("nan") if len(taken) == 4 else total), each  # type: ignore[operator]
+        return {k: v * float("nan") if len(taken) == 4 else v for k, v in each.items()}
 
     taken: list[int] = []
     monkeypatch.setattr(loop._Step, "forward", broken)

@@ -9,22 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from support.parquet import read_parquet
-from terraloom.errors import FoldError, ModelError
+from terraloom.errors import FoldError, LabelError, ModelError
 from terraloom.train.fit import HeldOut
+from terraloom.train.score_series import forest_series, score_series, scores_of
 from terraloom.train.series import (
     SeriesAugmentation,
     SeriesSettings,
-    SeriesTable,
     _augment,
     _rate,
     cross_validate,
     fit_series,
-    scores_of,
 )
+from terraloom.train.series_table import SeriesTable, read_series, season_of
 
 DATA = Path(os.environ.get("TERRALOOM_TEST_DATA", Path(__file__).parents[3] / "shared/data"))
 SMALL = {"width": 16, "heads": 4, "layers": 1, "harmonics": 3}
@@ -226,6 +227,108 @@ def test_a_diverging_fit_stops() -> None:
     settings = replace(QUICK, learning_rate=1e30, epochs=5)
     with pytest.raises(ModelError, match="diverged in epoch"):
         fit_series(replace(table, x=big), settings, held_out_fold=0, seed=0)
+
+
+def written(path: Path, table: SeriesTable, **columns: object) -> pd.DataFrame:
+    """A table as a CSV of which the rows have been shuffled; fold f becomes longitude f."""
+    rows = []
+    for i in range(len(table.y)):
+        for t in np.flatnonzero(np.isfinite(table.days[i])):
+            day = pd.Timestamp("2021-01-01") + pd.Timedelta(days=int(table.days[i, t]) - 1)
+            rows.append({
+                "sample": f"s{i:03}", "x": table.fold[i] + 0.5, "y": 50.5, "date": str(day.date()),
+                "class": table.classes[table.y[i]],
+                **dict(zip(table.bands, table.x[i, t].tolist(), strict=True)), **columns,
+            })  # fmt: skip
+    frame = pd.DataFrame(rows).drop_duplicates(["sample", "date"])
+    frame.sample(frac=1, random_state=0).to_csv(path, index=False)
+    return frame
+
+
+def test_a_table_is_read_back_whole(tmp_path: Path) -> None:
+    table = crops(30, folds=3)
+    table = replace(table, days=np.floor(table.days), x=np.round(table.x, 4))
+    path = tmp_path / "series.csv"
+    frame = written(path, table, note="text")
+    found = read_series(path, folds=3)
+    assert found.bands == ("ndvi", "red") and found.classes == ("a", "b", "c")
+    assert (found.y == table.y).all()
+    # Folds are dealt anew; what shared a block shares a fold.
+    assert len({(a, b) for a, b in zip(found.fold, table.fold, strict=True)}) == 3
+    for i, (_, rows) in enumerate(frame.groupby("sample")):
+        rows = rows.sort_values("date")
+        n = len(rows)
+        assert found.x[i, :n] == pytest.approx(rows[["ndvi", "red"]].to_numpy(), nan_ok=True)
+        assert found.days[i, :n].tolist() == pd.to_datetime(rows["date"]).dt.day_of_year.tolist()
+        assert np.isnan(found.days[i, n:]).all() and np.isnan(found.x[i, n:]).all()
+    assert read_series(path, folds=3, bands=["red"]).bands == ("red",)
+    frame.assign(parcel=frame["sample"].str[-1], x=np.nan).to_csv(path, index=False)
+    grouped = read_series(path, group="parcel", folds=5)
+    for digit in range(10):
+        assert len(set(grouped.fold[digit::10].tolist())) == 1
+
+
+def test_the_season_is_read_off_the_dates() -> None:
+    table = crops(3)
+    for first, span, start, years in ((257, 350, 257, 1), (10, 340, 10, 1), (257, 700, 257, 2)):
+        days = np.linspace(first, first + span, 16, dtype=np.float32)
+        found = season_of(replace(table, days=np.stack([days, days + 5, days + 2])))
+        assert found["start_day"] == pytest.approx(start, abs=0.1)
+        assert found["period_days"] == 365.25 * years
+    # First dates on both sides of the New Year.
+    days = np.stack([np.linspace(d, d + 300, 16, dtype=np.float32) for d in (360, 2, 8)])
+    assert season_of(replace(table, days=days))["start_day"] == pytest.approx(360, abs=0.3)
+
+
+def test_score_series(tmp_path: Path) -> None:
+    path, out = tmp_path / "series.csv", tmp_path / "scores.json"
+    written(path, crops(150, folds=3))
+    record = score_series(path, out, folds=3, seeds=(0, 1), epochs=25)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(record))
+    assert set(record["scores"]) == {"network", "forest", "forest_on_random_folds"}
+    assert len(record["lines"]) == 3 and record["scores"]["network"]["samples"] == 150
+    assert record["scores"]["network"]["joint_accuracy"] > 0.8
+    assert record["scores"]["forest"]["joint_accuracy"] > 0.85
+    assert sum(record["table"]["classes"].values()) == 150
+    assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda f: f.drop(columns="date"), "no column date"),
+        (lambda f: f.assign(date="soon"), "ISO 8601"),
+        (lambda f: pd.concat([f, f[:1]]), "dates twice"),
+        (lambda f: f.assign(x=np.arange(len(f))), "x changes within"),
+        (lambda f: f[["sample", "date", "class", "x", "y"]], "no band"),
+        (lambda f: f.assign(**{"class": np.where(f.index < 3, None, "a")}), "3 rows of"),
+        (lambda f: f[:0], "0 rows of 0"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, change: object, text: str) -> None:
+    path = tmp_path / "series.csv"
+    change(written(path, crops(9, folds=3))).to_csv(path, index=False)  # type: ignore[operator]
+    with pytest.raises(LabelError, match=text):
+        read_series(path, folds=2)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="no such file"):
+        read_series(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(LabelError, match="no table"):
+        read_series(tmp_path / "empty.csv")
+    written(tmp_path / "t.csv", crops(9, folds=3))
+    with pytest.raises(LabelError, match="named green"):
+        read_series(tmp_path / "t.csv", bands=["green"])
+
+
+def test_the_forest_gets_interpolated_series() -> None:
+    """Irregular dates: the forest learns the season although no two series share a date."""
+    table = crops(folds=2)
+    held = forest_series(table, seeds=[0])
+    assert scores_of(held).joint_accuracy > 0.85
+    assert np.allclose(held.p.sum(-1), 1, atol=1e-5)
 
 
 @pytest.mark.slow

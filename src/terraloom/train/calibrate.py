@@ -1,39 +1,27 @@
-"""Calibration of class probabilities on folds that did not train.
-
-Temperature scaling of the ensemble mean: members are averaged first, then one number (or one per
-class) sharpens or flattens the result. The calibration error that is reported is cross-fitted:
-each fold is judged with the temperature of the other folds, never with its own.
-"""
+"""Measures of calibration, and the rescaling of probabilities that :mod:`.ensemble` fits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 
-from terraloom.errors import FoldError, ModelError
+from terraloom.errors import ModelError
 
 __all__ = [
-    "Calibration",
     "Reliability",
-    "apply_temperature",
     "brier_score",
-    "calibrate",
     "calibration_error",
-    "cross_fitted",
-    "fit_temperature",
+    "log_probabilities",
     "negative_log_likelihood",
     "reliability",
+    "rescale",
 ]
 
 Array = npt.NDArray[np.float64]
 #: Probabilities are floored here before logarithms; float32 softmax gives exact zeros.
 _FLOOR = 1e-12
-#: Temperatures outside of this are not sensible and mean that the members are unusable.
-_T_RANGE = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
@@ -123,134 +111,32 @@ def negative_log_likelihood(p: npt.ArrayLike, y: npt.ArrayLike) -> float:
     return float(-np.log(prob[np.arange(len(label)), label].clip(_FLOOR)).mean())
 
 
-def apply_temperature(p: npt.ArrayLike, temperature: float | npt.ArrayLike) -> Array:
-    """Probabilities proportional to p^(1/T).
+def rescale(p: npt.ArrayLike, scale: npt.ArrayLike, shift: npt.ArrayLike = 0.0) -> Array:
+    """Probabilities proportional to exp(scale ln p + shift): softmax of rescaled logits.
 
     Args:
         p: (..., K) probabilities.
-        temperature: T > 0; above 1 flattens. One number keeps the order of classes (the map does
-            not change); a vector (K,) may change it.
+        scale: One number or (K,), > 0; below 1 flattens. One number (1 / temperature) keeps the
+            order of classes, so that the map does not change; several may change it.
+        shift: One number or (K,), in nats.
 
     Returns:
         (..., K) probabilities that sum to 1; NaN stays NaN.
+
+    Raises:
+        ModelError: A scale that is not above 0, or numbers that are not finite.
     """
-    t = np.asarray(temperature, dtype=np.float64)
-    if not (np.isfinite(t).all() and (t > 0).all()):
-        raise ModelError(f"temperature {t.tolist()}", allowed="> 0")
-    z = np.log(np.asarray(p, dtype=np.float64).clip(_FLOOR)) / t
+    a, b = np.asarray(scale, dtype=np.float64), np.asarray(shift, dtype=np.float64)
+    if not (np.isfinite(a).all() and (a > 0).all() and np.isfinite(b).all()):
+        raise ModelError(f"scale {a.tolist()}, shift {b.tolist()}", where="calibration",
+                         allowed="scale > 0, both finite")  # fmt: skip
+    z = log_probabilities(p) * a
+    if b.any():
+        z += b
     z = np.exp(z - z.max(-1, keepdims=True))
     return np.asarray(z / z.sum(-1, keepdims=True))
 
 
-def fit_temperature(p: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """The temperature with the smallest negative log likelihood.
-
-    The likelihood is convex in 1/T, so a bounded line search finds the minimum.
-    """
-    prob, label = _checked(p, y)
-    z = np.log(prob.clip(_FLOOR))
-    true = z[np.arange(len(label)), label]
-
-    def loss(beta: float) -> float:
-        s = z * beta
-        top = s.max(1)
-        return float((top + np.log(np.exp(s - top[:, None]).sum(1)) - beta * true).mean())
-
-    low, high = 1 / _T_RANGE[1], 1 / _T_RANGE[0]
-    found = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded",
-                                     options={"xatol": 1e-6})  # fmt: skip
-    return float(1 / found.x)
-
-
-def cross_fitted(
-    p: npt.ArrayLike, y: npt.ArrayLike, fold: npt.ArrayLike
-) -> tuple[Array, dict[int, float]]:
-    """Calibrated probabilities where each fold uses the temperature of all other folds.
-
-    Returns:
-        (N, K) probabilities and the temperature used per fold.
-
-    Raises:
-        FoldError: Fewer than two folds have labels.
-    """
-    prob, label = _checked(p, y)
-    folds = np.asarray(fold)
-    names = [int(f) for f in np.unique(folds)]
-    if len(names) < 2:
-        raise FoldError(f"{len(names)} fold with held-out labels", where="calibration",
-                        allowed="2 or more", fix="use more folds or more labels")  # fmt: skip
-    out = np.empty_like(prob)
-    used: dict[int, float] = {}
-    for f in names:
-        here = folds == f
-        used[f] = fit_temperature(prob[~here], label[~here])
-        out[here] = apply_temperature(prob[here], used[f])
-    return out, used
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Result of calibration; the temperature goes into prediction.
-
-    Attributes:
-        temperature: Fitted on all folds, for the map.
-        fold_temperature: Temperature used for each fold's report.
-        before: ece, rmsce, mce, brier, nll of the plain ensemble mean.
-        after: The same after cross-fitted scaling.
-        table_before: Reliability before.
-        table_after: Reliability after cross-fitted scaling.
-        n_bins: Bins of the calibration error.
-        n_pixels: Held-out pixels.
-    """
-
-    temperature: float
-    fold_temperature: dict[int, float]
-    before: dict[str, float]
-    after: dict[str, float]
-    table_before: Reliability
-    table_after: Reliability
-    n_bins: int
-    n_pixels: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for ``calibration.json``."""
-        return {
-            "method": "temperature scaling of the ensemble mean, cross-fitted over spatial folds",
-            "temperature": self.temperature,
-            "fold_temperature": {str(k): v for k, v in self.fold_temperature.items()},
-            "before": self.before,
-            "after": self.after,
-            "n_bins": self.n_bins,
-            "n_pixels": self.n_pixels,
-        }
-
-
-def calibrate(
-    p: npt.ArrayLike, y: npt.ArrayLike, fold: npt.ArrayLike, *, n_bins: int = 15
-) -> Calibration:
-    """Fit the temperature and report calibration honestly.
-
-    Args:
-        p: (N, K) out-of-fold probabilities, mean of the members of each pixel's fold.
-        y: (N,) classes.
-        fold: (N,) fold of each pixel.
-        n_bins: Bins of the calibration error.
-    """
-    prob, label = _checked(p, y)
-    scaled, used = cross_fitted(prob, label, fold)
-    return Calibration(
-        fit_temperature(prob, label), used, _scores(prob, label, n_bins),
-        _scores(scaled, label, n_bins), reliability(prob, label, n_bins=n_bins),
-        reliability(scaled, label, n_bins=n_bins), n_bins, len(label),
-    )  # fmt: skip
-
-
-def _scores(p: Array, y: npt.NDArray[np.int64], n_bins: int) -> dict[str, float]:
-    table = reliability(p, y, n_bins=n_bins)
-    return {
-        "ece": table.error("l1"),
-        "rmsce": table.error("l2"),
-        "mce": table.error("max"),
-        "brier": brier_score(p, y),
-        "nll": negative_log_likelihood(p, y),
-    }
+def log_probabilities(p: npt.ArrayLike) -> Array:
+    """Logarithms of probabilities, floored where a network says exactly 0."""
+    return np.asarray(np.log(np.asarray(p, dtype=np.float64).clip(_FLOOR)))

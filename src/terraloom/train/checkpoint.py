@@ -20,6 +20,7 @@ from torch import Tensor
 
 from terraloom.io import atomic
 from terraloom.log import get_logger
+from terraloom.models.balance import Balance
 
 __all__ = ["Checkpoint", "Progress"]
 
@@ -47,7 +48,7 @@ class Progress:
         schedule: The schedule of the learning rate.
         draws: Random stream of the batches; dropout draws from torch's own stream.
         history: Loss per task and step.
-        units: First loss of each task, which all later ones are divided by.
+        balance: How the losses are weighed; holds the first loss of each task.
         step: Steps that are done.
         scores: Score of the validation fold per epoch.
         best: Averaged state of the best epoch; empty without early stopping.
@@ -61,7 +62,7 @@ class Progress:
     schedule: torch.optim.lr_scheduler.LRScheduler
     draws: Stream
     history: dict[str, list[float]]
-    units: dict[str, float]
+    balance: Balance
     step: int = 0
     scores: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -91,12 +92,13 @@ class Checkpoint:
         tensors = {f"net.{k}": v for k, v in now.net.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in now.average.items()}
         tensors |= {f"best.{k}": v for k, v in now.best.items()}
+        tensors |= {f"balance.{k}": v for k, v in now.balance.state().items()}
         moments = now.optimiser.state_dict()
         for i, values in moments["state"].items():
             tensors |= {f"moment.{i}.{k}": v for k, v in values.items()}
         tensors |= {"random.torch": torch.get_rng_state(), "random.draws": now.draws.get_state()}
         header = {
-            "origin": self.origin, "step": now.step, "history": now.history, "units": now.units,
+            "origin": self.origin, "step": now.step, "history": now.history,
             "groups": moments["param_groups"], "schedule": now.schedule.state_dict(),
             "scores": now.scores, "chosen": now.chosen, "ended": now.ended,
         }  # fmt: skip
@@ -138,7 +140,7 @@ class Checkpoint:
         torch.set_rng_state(tensors["random.torch"])
         now.draws.set_state(tensors["random.draws"])
         now.history.update(header["history"])
-        now.units.update(header["units"])
+        now.balance.load(part("balance."))
         now.step = int(header["step"])
         log.info("%s: training goes on at step %d", self.path, now.step)
 

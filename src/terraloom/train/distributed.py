@@ -20,7 +20,15 @@ from torch.distributed.nn import functional as collective
 
 from terraloom.errors import ModelError
 
-__all__ = ["World", "gathered", "join_world", "leave_world", "share_gradients", "synchronise"]
+__all__ = [
+    "World",
+    "gathered",
+    "join_world",
+    "leave_world",
+    "mean_of",
+    "share_gradients",
+    "synchronise",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,15 @@ class _Gather(torch.autograd.Function):
 def _all_gather(x: Tensor) -> Tensor:
     out: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
     return out
+
+
+def mean_of(x: Tensor, world: World) -> Tensor:
+    """Mean of a tensor over the processes."""
+    if world.size > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= world.size
+    return x
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +14,20 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import FoldError
-from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
+from terraloom.models.fusion import FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, SegmentationLoss, class_weights
+from terraloom.models.mapnet import MapNet
+from terraloom.models.pixelwise import PixelNet
 from terraloom.models.registry import build, load_member, ready, save_member
+from terraloom.train.augment import Augmentation
 from terraloom.train.checkpoint import Checkpoint
 from terraloom.train.distributed import World
 from terraloom.train.held_out import HeldOut, Validator, predict_held_out
 from terraloom.train.loop import LoopSettings, train
 from terraloom.train.pack import Pack, pack_chips, pack_labels
-from terraloom.train.sampler import Augmentation, Sampler
-from terraloom.train.windows import normalisation_of, spec_of
+from terraloom.train.sampler import Sampler
+from terraloom.train.windows import normalisation_of, spec_of, units_of
 
 __all__ = [
     "FitResult",
@@ -41,6 +45,7 @@ class FitSettings:
     """Settings of training.
 
     Attributes:
+        network: One of :data:`terraloom.models.registry.ARCHITECTURES`.
         width: Channels of the 10 m level (count).
         widths: Channels of every level; overrides ``width`` (counts).
         depth: Levels (count).
@@ -63,8 +68,11 @@ class FitSettings:
             and no further fold is left out (count).
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        balance: How the losses of several tasks are weighed.
+        adapt: What training changes of pre-trained weights: ``fine-tune``, ``frozen``, ``lora``.
     """
 
+    network: str = "fusion"
     width: int = 12
     widths: tuple[int, ...] = ()
     depth: int = 4
@@ -86,12 +94,14 @@ class FitSettings:
     patience: int = 0
     precision: str = "auto"
     device: str = "auto"
+    balance: str = "equal"
+    adapt: str = "fine-tune"
 
     def loop(self) -> LoopSettings:
         """The part that the training loop takes."""
         return LoopSettings(
             self.epochs, self.batch, self.accumulate, self.learning_rate, self.weight_decay,
-            self.ema, self.patience, self.precision, self.device,
+            self.ema, self.patience, self.precision, self.device, self.balance,
         )  # fmt: skip
 
 
@@ -110,6 +120,7 @@ class FitResult:
         settings: Settings of training.
         scores: Score of the fold of early stopping per epoch.
         epoch: Epoch whose weights these are, from 1.
+        units: Unit of each modality.
     """
 
     state_dict: dict[str, Tensor]
@@ -122,8 +133,9 @@ class FitResult:
     settings: FitSettings
     scores: list[float] = field(default_factory=list)
     epoch: int = 0
+    units: dict[str, str] = field(default_factory=dict)
 
-    def network(self) -> FusionNet:
+    def network(self) -> MapNet:
         """The trained network in evaluation mode, channels-last."""
         net = build(self.spec, self.normalisation)
         net.load_state_dict(self.state_dict)
@@ -143,6 +155,8 @@ def fit_member(
     weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
     keep: npt.NDArray[np.bool_] | None = None,
     world: World | None = None,
+    transitions: Mapping[str, npt.ArrayLike] | None = None,
+    pretrained: Path | str | None = None,
 ) -> FitResult:
     """Train one member on the labelled pixels of all folds but one.
 
@@ -164,30 +178,20 @@ def fit_member(
         weights: Pixel weights (N, h, w) per task in place of those of the chips.
         keep: (N, h, w) pixels that may be trained on, e.g. outside a buffer; None: all.
         world: Processes that train together.
+        transitions: Per task whose loss needs it, (K, K) probability of a label given the class.
+        pretrained: Weights that the network ``presto`` starts from.
 
     Raises:
         FoldError: No labelled pixel remains.
         ModelError: Chips and tasks do not fit together.
     """
     stop = _stop_fold(chips, held_out_fold, member) if settings.patience else None
-
-    def free(at: slice, part: xr.Dataset) -> npt.NDArray[np.bool_]:
-        fold = np.asarray(part["fold"].values)
-        ok = (fold != held_out_fold) & (fold != IGNORE)
-        if stop is not None:
-            ok &= fold != stop
-        if keep is not None:
-            ok &= keep[at]
-        return np.asarray(ok, dtype=bool)
-
+    free = _Free((held_out_fold, IGNORE, IGNORE if stop is None else stop), keep)
     labels = pack_labels(
         chips, tasks, free, erode_px=settings.erode_px, weights=weights, folder=folder
     )
     scaled = tuple(_scaled(t, labels) for t in tasks)
-    spec = spec_of(
-        chips, scaled, width=settings.width, depth=settings.depth, convs=settings.convs,
-        indices=settings.indices, dropout=settings.dropout, widths=settings.widths,
-    )  # fmt: skip
+    spec = _spec(chips, scaled, settings)
     stream = np.random.SeedSequence([seed, held_out_fold, member]).generate_state(2, np.uint64)
     # Initial weights and dropout draw from torch's global stream: it is forked, so that neither
     # the caller's stream nor another member's is touched.
@@ -195,6 +199,8 @@ def fit_member(
         torch.manual_seed(int(stream[0] >> 1))
         normalisation = normalisation_of(chips, spec, held_out_fold)
         net = build(spec, normalisation)
+        if pretrained is not None and isinstance(net, PixelNet):
+            net.load_pretrained(pretrained)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pack = pack_chips(net, chips, labels, folder=folder)
         sampler = Sampler(
@@ -203,14 +209,39 @@ def fit_member(
             generator=torch.Generator().manual_seed(int(stream[1] >> 1)),
         )  # fmt: skip
         sampler.start_reduction(net, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
-        loss = MultiTaskLoss(scaled, _weights(scaled, pack, settings.class_power), settings.loss)
+        loss = MultiTaskLoss(
+            scaled, _weights(scaled, pack, settings.class_power), settings.loss,
+            transitions=transitions,
+        )  # fmt: skip
         done = train(
             net, sampler, loss, settings.loop(), checkpoint=checkpoint, world=world,
             score=None if stop is None else Validator(chips, scaled, stop),
         )  # fmt: skip
     return FitResult(
         done.state, spec, normalisation, done.history, held_out_fold, member, seed, settings,
-        done.scores, done.epoch,
+        done.scores, done.epoch, units_of(chips),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Free:
+    """Which pixels of chips may be trained on: not those of some folds, nor masked ones."""
+
+    without: tuple[int, ...]
+    keep: npt.NDArray[np.bool_] | None
+
+    def __call__(self, at: slice, part: xr.Dataset) -> npt.NDArray[np.bool_]:
+        ok = ~np.isin(part["fold"].values, self.without)
+        if self.keep is not None:
+            ok &= self.keep[at]
+        return np.asarray(ok, dtype=bool)
+
+
+def _spec(chips: xr.Dataset, tasks: Sequence[TaskSpec], s: FitSettings) -> FusionSpec:
+    more = {"adapt": s.adapt} if s.network == "presto" else {}
+    return spec_of(
+        chips, tasks, s.network, width=s.width, depth=s.depth, convs=s.convs, indices=s.indices,
+        dropout=s.dropout, widths=s.widths, **more,
     )  # fmt: skip
 
 
@@ -245,18 +276,23 @@ def _weights(tasks: Sequence[TaskSpec], pack: Pack, power: float) -> dict[str, T
     }
 
 
-def save_fit(path: Path | str, fit: FitResult, *, origin: str = "") -> None:
+def save_fit(
+    path: Path | str, fit: FitResult, *, origin: str = "", labels: Mapping[str, Any] | None = None
+) -> None:
     """Write a trained member: ``path`` (safetensors) and its JSON card.
 
     Args:
         path: The file.
         fit: The member.
         origin: Digest of what it was trained from.
+        labels: What was done to the labels, per task.
     """
     save_member(
         path, fit.state_dict, fit.spec, fit.normalisation,
         {
             "origin": origin,
+            "units": fit.units,
+            "labels": dict(labels or {}),
             "held_out_fold": fit.held_out_fold,
             "member": fit.member,
             "seed": fit.seed,

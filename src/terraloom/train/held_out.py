@@ -12,9 +12,9 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import ModelError
-from terraloom.models.fusion import FusionNet
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.models.mapnet import MapNet
 from terraloom.train.pack import Positions, blocks_of
 from terraloom.train.windows import inputs_of, labels_of
 
@@ -68,7 +68,7 @@ def _has(y: Tensor) -> Tensor:
 
 def predict_held_out(
     chips: xr.Dataset,
-    members: Sequence[FusionNet],
+    members: Sequence[MapNet],
     held_out_fold: int,
     *,
     batch: int = 4,
@@ -155,7 +155,7 @@ class Validator:
         self._chips, self._rows = chips, rows
         self._tasks, self._fold = tasks, fold
 
-    def __call__(self, net: FusionNet) -> float:
+    def __call__(self, net: MapNet) -> float:
         """The score; the network must be in evaluation mode."""
         device = next(net.parameters()).device
         sums = {t.name: _Sums(t) for t in self._tasks}

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from terraloom.errors import ModelError
 from terraloom.log import get_logger
-from terraloom.models.fusion import FusionNet
+from terraloom.models.balance import Balance, make_balance
 from terraloom.models.losses import MultiTaskLoss
+from terraloom.models.mapnet import MapNet
 from terraloom.train.checkpoint import Checkpoint, Progress
-from terraloom.train.distributed import World, gathered, share_gradients, synchronise
+from terraloom.train.distributed import World, gathered, mean_of, share_gradients, synchronise
 from terraloom.train.sampler import Batch, Prefetch, Sampler
 
 __all__ = ["LoopSettings", "Trained", "choose_device", "train"]
@@ -45,6 +46,8 @@ class LoopSettings:
         patience: Epochs without a better score before training ends; 0: never (count).
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        balance: How the losses of several tasks are weighed; see
+            :data:`terraloom.models.balance.BALANCES`.
     """
 
     epochs: float = 12
@@ -56,6 +59,7 @@ class LoopSettings:
     patience: int = 0
     precision: str = "auto"
     device: str = "auto"
+    balance: str = "equal"
 
 
 @dataclass(frozen=True)
@@ -107,18 +111,19 @@ class _Step:
     """One optimiser step: forward and backward of its batches."""
 
     def __init__(
-        self, net: FusionNet, loss: MultiTaskLoss, s: LoopSettings, device: torch.device,
-        world: World,
+        self, net: MapNet, loss: MultiTaskLoss, s: LoopSettings, device: torch.device,
+        world: World, balance: Balance,
     ) -> None:  # fmt: skip
         self.net, self.loss, self.world, self.device = net, loss, world, device
+        self.balance = balance
         self.share, self.accumulate = world.share(s.batch), s.accumulate
         self.number = _number(s.precision, device)
         self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
             device.type, enabled=self.number is torch.float16
         )
 
-    def forward(self, batch: Batch) -> tuple[Tensor | None, dict[str, float]]:
-        """Total loss of the whole batch, and the losses per task."""
+    def forward(self, batch: Batch, done: float) -> dict[str, Tensor]:
+        """Loss of each task over the whole batch."""
         here = batch.to(self.device)
         mixed: AbstractContextManager[object] = nullcontext()
         if self.number is not None:
@@ -127,10 +132,10 @@ class _Step:
             raw = self.net.forward_prepared({f: v[self.share] for f, v in here.x.items()})
         if self.number is not None:
             raw = {k: v.float() for k, v in raw.items()}
-        return self.loss(gathered(raw, self.world), here.y, here.w)
+        return self.loss.each(gathered(raw, self.world), here.y, here.w, here.soft, done=done)
 
     def run(
-        self, take: Callable[[], Batch], optimiser: torch.optim.Optimizer
+        self, take: Callable[[], Batch], optimiser: torch.optim.Optimizer, done: float
     ) -> tuple[dict[str, float], list[tuple[int, int, int]], bool]:
         """Losses per task, the windows, and whether everything stayed finite."""
         losses: dict[str, list[float]] = {}
@@ -140,17 +145,16 @@ class _Step:
         for _ in range(self.accumulate):
             batch = take()
             where += batch.where
-            total, each = self.forward(batch)
+            each = self.forward(batch, done)
             for k, v in each.items():
-                losses.setdefault(k, []).append(v)
-            if total is None:
-                continue
-            if not math.isfinite(float(total.detach())):
+                losses.setdefault(k, []).append(float(v.detach()))
+            if not all(math.isfinite(losses[k][-1]) for k in each):
                 return _means(losses), where, False
-            some = True
-            if self.accumulate > 1:
-                total = total / self.accumulate
-            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            some = some or bool(each)
+            self.balance.backward(
+                each, self.net, scale=self.scaler.get_scale() / self.accumulate,
+                join=lambda j: mean_of(j, self.world),
+            )  # fmt: skip
         if some:
             share_gradients(self.net.parameters(), self.world)
             self.scaler.unscale_(optimiser)
@@ -159,6 +163,7 @@ class _Step:
                 return _means(losses), where, False
             self.scaler.step(optimiser)
             self.scaler.update()
+            self.balance.after_step(self.net, lambda: self.forward(batch, done))
         return _means(losses), where, True
 
 
@@ -167,13 +172,13 @@ def _means(losses: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def train(
-    net: FusionNet,
+    net: MapNet,
     sampler: Sampler,
     loss: MultiTaskLoss,
     s: LoopSettings,
     *,
     checkpoint: Checkpoint | None = None,
-    score: Callable[[FusionNet], float] | None = None,
+    score: Callable[[MapNet], float] | None = None,
     world: World | None = None,
 ) -> Trained:
     """Train a network.
@@ -198,25 +203,29 @@ def train(
     rest = [p for p in net.parameters() if p.ndim <= 1]
     per_epoch = sampler.crops_per_epoch / (s.batch * s.accumulate)
     steps = max(4, math.ceil(s.epochs * per_epoch))
+    # OneCycleLR divides by zero where its rise takes exactly one step.
+    rise = 0.2 if steps != 5 else 0.3
+    balance = make_balance(s.balance, net.spec.tasks)
+    rest += balance.parameters()
     optimiser = torch.optim.AdamW(
         [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=s.learning_rate,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, s.learning_rate, total_steps=steps, pct_start=0.2
+        optimiser, s.learning_rate, total_steps=steps, pct_start=rise
     )
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     history: dict[str, list[float]] = {t.name: [] for t in net.spec.tasks}
-    step_of = _Step(net, loss, s, device, alone)
+    step_of = _Step(net, loss, s, device, alone, balance)
     probe = copy.deepcopy(net).eval() if score is not None else None
     with Prefetch(sampler, s.batch) as batches:
-        now = Progress(net, average, optimiser, schedule, batches, history, loss.initial)
+        now = Progress(net, average, optimiser, schedule, batches, history, balance)
         if checkpoint is not None:
             checkpoint.restore(now)
         net.train()
         while now.step < steps and not now.ended:
             before = _Before.of(net, batches)
-            each, where, finite = step_of.run(batches.take, optimiser)
+            each, where, finite = step_of.run(batches.take, optimiser, now.step / steps)
             if not finite:
                 before.back(net, batches)
                 _diverged(now, each, where, checkpoint if alone.rank == 0 else None)
@@ -245,11 +254,11 @@ class _Before:
     torch: Tensor
 
     @classmethod
-    def of(cls, net: FusionNet, batches: Prefetch) -> _Before:
+    def of(cls, net: MapNet, batches: Prefetch) -> _Before:
         kept = [b.clone() for b in net.buffers()]
         return cls(kept, batches.get_state(), torch.get_rng_state())
 
-    def back(self, net: FusionNet, batches: Prefetch) -> None:
+    def back(self, net: MapNet, batches: Prefetch) -> None:
         for now, then in zip(net.buffers(), self.statistics, strict=True):
             now.copy_(then)
         batches.set_state(self.draws)
@@ -258,8 +267,8 @@ class _Before:
 
 def _judge(
     now: Progress,
-    score: Callable[[FusionNet], float],
-    probe: FusionNet,
+    score: Callable[[MapNet], float],
+    probe: MapNet,
     per_epoch: float,
     steps: int,
     patience: int,

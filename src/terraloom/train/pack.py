@@ -17,9 +17,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from terraloom.models.fusion import FusionNet
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.models.mapnet import MapNet
 from terraloom.train.windows import inputs_of, labels_of
 
 __all__ = ["Pack", "Positions", "blocks_of", "pack_chips", "pack_labels"]
@@ -192,9 +192,7 @@ def _note(pools: dict[int, Positions], flat: npt.NDArray[Any], start: int) -> No
         pools.setdefault(-1, Positions()).add(np.flatnonzero(np.isfinite(flat)) + start)
 
 
-def pack_chips(
-    net: FusionNet, chips: xr.Dataset, labels: Pack, *, folder: Path | None = None
-) -> Pack:
+def pack_chips(net: MapNet, chips: xr.Dataset, labels: Pack, *, folder: Path | None = None) -> Pack:
     """A pack with the prepared features of all chips beside its labels.
 
     Args:

@@ -1,27 +1,56 @@
-"""Training jobs of a campaign: the members of one fold, and the baseline."""
+"""Training jobs of a campaign: one member of the ensemble each."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
 import torch
+import xarray as xr
 
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.io import digest_json, read_json, read_store, sha256, write_json
-from terraloom.legend import read_legend
-from terraloom.log import get_logger, progress
+from terraloom.errors import StateError
+from terraloom.grid import geobox_from_record
+from terraloom.io import digest_json, read_json, read_store, sha256
+from terraloom.labels.buffer import buffered
+from terraloom.legend import IGNORE_INDEX, read_legend
+from terraloom.log import get_logger
 from terraloom.models.heads import TaskSpec
 from terraloom.state import code_digest
+from terraloom.train.augment import Augmentation
 from terraloom.train.checkpoint import Checkpoint
+from terraloom.train.cleaning import TrainingWeights, label_rules, training_weights
+from terraloom.train.distributed import World, join_world, leave_world
 from terraloom.train.fit import FitSettings, fit_member, save_fit
+from terraloom.train.loop import choose_device
+from terraloom.train.preset import preset
+from terraloom.train.search import search
 
-__all__ = ["CHIPS", "MODEL", "fold_folder", "member_files", "task_specs", "train_fold"]
+__all__ = [
+    "CHIPS",
+    "MODEL",
+    "WORK",
+    "fit_settings",
+    "fold_folder",
+    "member_file",
+    "member_files",
+    "search_settings",
+    "task_specs",
+    "train_member",
+]
 
 CHIPS = Path("results/chips/chips.zip")
 MODEL = Path("results/model")
 WORK = Path("work/train")
+SEARCH = Path("work/search")
 
 log = get_logger(__name__)
 
@@ -29,6 +58,11 @@ log = get_logger(__name__)
 def fold_folder(fold: int) -> Path:
     """Folder of the members that do not see a fold."""
     return MODEL / f"fold-{fold}"
+
+
+def member_file(fold: int, member: int) -> Path:
+    """Weights of one member."""
+    return fold_folder(fold) / f"member-{member}.safetensors"
 
 
 def member_files(fold: int) -> list[Path]:
@@ -43,53 +77,157 @@ def task_specs(campaign: Campaign) -> list[TaskSpec]:
         classes: tuple[str, ...] = ()
         if task.kind is TaskKind.SEGMENTATION:
             classes = read_legend(str(task.classes)).names
-        specs.append(TaskSpec(task.name, str(task.kind), classes, task.unit, task.weight))
+        loss = task.loss
+        specs.append(
+            TaskSpec(
+                task.name, str(task.kind), classes, task.unit, task.weight,
+                transform=loss.transform, loss=loss.name, dice=loss.dice,
+                smoothing=loss.smoothing, forget=loss.forget,
+            )
+        )  # fmt: skip
     return specs
 
 
-def train_fold(campaign: Campaign, fold: int) -> None:
-    """Train all members that do not see ``fold``.
+def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
+    """The campaign's settings of training in the form that training takes.
 
-    A member that was finished from the same chips, settings and code is kept, and one that was
-    killed goes on where it stood, to the same bytes. The card of the fold is written last: it
-    names the members and their digests.
+    With ``model.preset: auto`` keys that the campaign does not give follow from the labels.
     """
+    m = campaign.model
+    if m.preset == "auto":
+        ruled = preset(chips, task_specs(campaign))
+        free = {k: v for k, v in ruled.settings.items() if k not in m.model_fields_set}
+        for key, value in free.items():
+            log.info("model.%s: %s (%s)", key, value, ruled.reasons[key])
+        m = m.model_copy(update=free)
+    single = m.network in ("ltae", "tempcnn", "gru", "presto")
+    return FitSettings(
+        network=m.network, adapt=m.adapt, width=m.width, depth=m.depth, dropout=m.dropout,
+        epochs=m.epochs, batch=m.batch, accumulate=m.accumulate, learning_rate=m.learning_rate,
+        weight_decay=m.weight_decay, ema=m.ema, patience=m.patience, precision=m.precision,
+        device=m.device, balance=m.balance,
+        draw_power={"area": 1.0, "class": 0.0}[m.sampling],
+        # Networks of single pixels gain nothing from neighbours, and cost more per pixel.
+        crop_px=24 if single else FitSettings.crop_px,
+        augmentation=Augmentation(**m.augment.model_dump(), whole=True),
+    )  # fmt: skip
+
+
+def search_settings(campaign: Campaign, fold: int) -> None:
+    """Search settings for the members that do not see ``fold``, inside their training folds."""
+    wanted = campaign.model.search
+    if wanted is None:
+        raise StateError("the campaign asks for no search", where="model.search",
+                         fix="give model.search, or leave this command out")  # fmt: skip
+    torch.set_num_threads(1)
+    chips = read_store(CHIPS)
+    base, tasks = fit_settings(campaign, chips), task_specs(campaign)
+    origin = digest_json(
+        [sha256(CHIPS), asdict(base), [asdict(t) for t in tasks], fold, campaign.seed,
+         code_digest("train.search")]
+    )  # fmt: skip
+    found = search(
+        chips, tasks, base, held_out_fold=fold, trials=wanted.trials, minutes=wanted.minutes,
+        seed=campaign.seed, folds=wanted.folds, folder=SEARCH / f"fold-{fold}", origin=origin,
+        keep_of=lambda f: _outside_buffer(campaign, chips, f),
+    )  # fmt: skip
+    log.info("fold %d: best of %d settings: %s", fold, len(found.trials), found.best)
+
+
+def train_member(campaign: Campaign, fold: int, member: int) -> None:
+    """Train one network that does not see ``fold``.
+
+    A training that was killed goes on where it stood, to the same bytes. With
+    ``model.processes`` above 1 that many processes train it together.
+    """
+    if campaign.model.processes > 1 and "WORLD_SIZE" not in os.environ:
+        _run_together(campaign.model.processes)
+        return
     torch.set_num_threads(1)  # more threads change the order of sums; jobs run side by side
     torch.use_deterministic_algorithms(True)
-    chips = read_store(CHIPS).load()
-    settings = FitSettings(
-        width=campaign.model.width,
-        epochs=campaign.model.epochs,
-        batch=campaign.model.batch,
-        learning_rate=campaign.model.learning_rate,
-    )
-    folder = fold_folder(fold)
-    folder.mkdir(parents=True, exist_ok=True)
-    members = {}
+    world = join_world(choose_device(campaign.model.device))
+    try:
+        _train(campaign, fold, member, world)
+    finally:
+        leave_world()
+
+
+def _run_together(processes: int) -> None:
+    """This very command in several processes that know of each other."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc-per-node={processes}", "-m", "terraloom.cli", *sys.argv[1:]]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise StateError(
+            f"training in {processes} processes ended with code {done.returncode}",
+            where="model.processes", fix="see the message above; or set model.processes to 1",
+        )  # fmt: skip
+
+
+def _train(campaign: Campaign, fold: int, member: int, world: World) -> None:
+    chips = read_store(CHIPS)
+    settings, tasks = fit_settings(campaign, chips), task_specs(campaign)
+    if campaign.model.search is not None:
+        chosen = read_json(SEARCH / f"fold-{fold}" / "best.json")["chosen"]
+        settings = replace(settings, **chosen)
+    labels = CHIPS.with_name("folds.gpkg")
     origin = digest_json(
-        [sha256(CHIPS), asdict(settings), [asdict(t) for t in task_specs(campaign)], fold,
-         campaign.seed, code_digest("train.run")]
+        [sha256(CHIPS), sha256(labels), asdict(settings), [asdict(t) for t in tasks], fold, member,
+         campaign.seed, campaign.folds.model_dump(mode="json"),
+         [asdict(r) for r in label_rules(campaign).values()], code_digest("train.run")]
     )  # fmt: skip
-    for m in progress(range(campaign.model.members), what=f"fold {fold}: members trained"):
-        path = folder / f"member-{m}.safetensors"
-        if not _finished(path, origin):
-            checkpoint = Checkpoint(WORK / f"fold-{fold}-member-{m}.safetensors", origin)
-            fit = fit_member(
-                chips, task_specs(campaign), settings,
-                held_out_fold=fold, member=m, seed=campaign.seed, checkpoint=checkpoint,
-            )  # fmt: skip
-            save_fit(path, fit, origin=origin)
-            checkpoint.remove()
-        members[path.name] = sha256(path)
-    write_json(folder / "card.json", {"fold": fold, "members": members})
+    name = f"fold-{fold}-member-{member}"
+    checkpoint = Checkpoint(WORK / f"{name}.safetensors", origin)
+    folder = WORK / f"{name}-pack-{world.rank}"
+    keep = _outside_buffer(campaign, chips, fold)
+    found = _weighed(campaign, chips, tasks, fold, keep)
+    try:
+        fit = fit_member(
+            chips, tasks, settings, held_out_fold=fold, member=member, seed=campaign.seed,
+            checkpoint=checkpoint, folder=folder, keep=keep, weights=found.weights,
+            transitions=found.transitions, world=world, pretrained=campaign.model.weights,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world.rank == 0:
+        save_fit(member_file(fold, member), fit, origin=origin, labels=found.record)
+        checkpoint.remove()
+    first = next(iter(fit.history.values()))
+    log.info("fold %d, member %d: %d steps, epoch %d kept", fold, member, len(first), fit.epoch)
 
 
-def _finished(path: Path, origin: str) -> bool:
-    """Whether a member stands there that was trained from the same."""
-    card = path.with_suffix(".json")
-    if not (path.is_file() and card.is_file()):
-        return False
-    return bool(read_json(card).get("origin") == origin)
+def _weighed(
+    campaign: Campaign,
+    chips: xr.Dataset,
+    tasks: list[TaskSpec],
+    fold: int,
+    keep: npt.NDArray[np.bool_] | None,
+) -> TrainingWeights:
+    """Weights of the labels for a held-out fold, by the rules of their tasks."""
+    rules = label_rules(campaign)
+    if not rules:
+        return TrainingWeights()
+    aligned = gpd.read_file(CHIPS.with_name("folds.gpkg"), layer="labels")
+    aligned = aligned.set_crs(str(geobox_from_record(chips.attrs).crs), allow_override=True)
+    return training_weights(
+        chips, tasks, rules, held_out_fold=fold, seed=campaign.seed, labels=aligned,
+        periods=campaign.cube.periods, keep=keep,
+    )  # fmt: skip
 
 
-__all__ += ["TaskSpec"]
+def _outside_buffer(
+    campaign: Campaign, chips: xr.Dataset, fold: int
+) -> npt.NDArray[np.bool_] | None:
+    """Pixels that are far enough from held-out labels; None: all are."""
+    if campaign.folds.buffer_m == 0:
+        return None
+    names = [t.name for t in campaign.tasks]
+    labelled = np.zeros(chips["fold"].shape, dtype=bool)
+    for name in names:
+        y = chips[f"y_{name}"].values
+        labelled |= y != IGNORE_INDEX if y.dtype == np.uint8 else np.isfinite(y)
+    pixel_m = abs(float(geobox_from_record(chips.attrs).resolution.x))
+    return buffered(
+        chips["fold"].values, labelled, chips["row"].values, chips["col"].values, pixel_m, fold,
+        campaign.folds.buffer_m,
+    )  # fmt: skip

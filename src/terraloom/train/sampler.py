@@ -15,35 +15,16 @@ import torch
 from torch import Tensor
 
 from terraloom.errors import FoldError, ModelError
-from terraloom.models.fusion import FusionNet
+from terraloom.models.mapnet import MapNet
+from terraloom.train.augment import Augmentation, Augmenter
 from terraloom.train.pack import Pack
 
-__all__ = ["Augmentation", "Batch", "Prefetch", "Sampler"]
+__all__ = ["Batch", "Prefetch", "Sampler"]
 
 #: Crop origins are multiples of this and of all pixel sizes: pixels are cut on their edges.
 _LATTICE_PX = 6
 
 Key = TypeVar("Key", int, str)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of training windows, in the normalised feature scale (1 = training sd).
-
-    Attributes:
-        gain: Half-width of a common gain per window and modality (ratio).
-        bias: Standard deviation of a shift per window and feature (sd).
-        drop_feature: Probability that a feature becomes its mean.
-        drop_modality: Probability that a modality becomes invalid, mask included. One modality is
-            always kept.
-        flips: Flips and rotations by 90 degrees.
-    """
-
-    gain: float = 0.05
-    bias: float = 0.03
-    drop_feature: float = 0.01
-    drop_modality: float = 0.02
-    flips: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +72,7 @@ class Sampler:
 
     def __init__(
         self,
-        net: FusionNet,
+        net: MapNet,
         pack: Pack,
         *,
         crop_px: int,
@@ -108,7 +89,8 @@ class Sampler:
             raise ModelError(f"chips of {self.crop_px} px", where="chips.size_px",
                              allowed=f"multiples of {net.stride_px}")  # fmt: skip
         self._lattice = math.lcm(_LATTICE_PX, *pack.x)
-        self._aug, self._gen = augmentation, generator
+        self._flips, self._gen = augmentation.flips, generator
+        self._augment = Augmenter(net, augmentation)
         self._pools: list[tuple[Tensor, list[Tensor]]] = []
         for name, groups in pack.pools.items():
             if groups:
@@ -132,7 +114,7 @@ class Sampler:
                 hit[g // (h * w)] = True
         return max(1, round(int(hit.sum()) * (h * w / self.crop_px**2)))
 
-    def start_reduction(self, net: FusionNet, keep: Callable[[int], npt.NDArray[np.bool_]]) -> None:
+    def start_reduction(self, net: MapNet, keep: Callable[[int], npt.NDArray[np.bool_]]) -> None:
         """Let the reductions of large modalities start at the principal axes of training pixels.
 
         Neighbouring bands and dates say nearly the same: random sums of them all show brightness,
@@ -171,9 +153,6 @@ class Sampler:
     def _int(self, high: int) -> int:
         return int(torch.randint(high, (1,), generator=self._gen))
 
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._gen)
-
     def _origin(self) -> tuple[int, int, int]:
         probabilities, groups = self._pools[self._int(len(self._pools))]
         group = groups[int(torch.multinomial(probabilities, 1, generator=self._gen))]
@@ -199,7 +178,7 @@ class Sampler:
         for _ in range(size):
             chip, row, col = self._origin()
             where.append((chip, row, col))
-            turn, flip = (self._int(4), self._int(2)) if self._aug.flips else (0, 0)
+            turn, flip = (self._int(4), self._int(2)) if self._flips else (0, 0)
             for f, src in pack.x.items():
                 r, c, n = row // f, col // f, self.crop_px // f
                 xs[f].append(_turned(src[chip, :, r : r + n, c : c + n], turn, flip))
@@ -208,28 +187,10 @@ class Sampler:
                 for t, v in arrays.items():
                     cut[k][t].append(_turned(v[here], turn, flip))
         x = {f: torch.stack(v) for f, v in xs.items()}
-        self._jitter(x)
+        self._augment(x, self._gen)
         x = {f: v.contiguous(memory_format=torch.channels_last) for f, v in x.items()}
         y, w, soft = ({t: torch.stack(v) for t, v in cut[k].items()} for k in planes)
         return Batch(x, y, w, soft, where)
-
-    def _jitter(self, x: dict[int, Tensor]) -> None:
-        """Gain, bias and dropout of features and modalities, in place."""
-        a = self._aug
-        n = next(iter(x.values())).shape[0]
-        lost = self._uniform(n, len(self._slices)) < a.drop_modality
-        lost[lost.all(1)] = False
-        for i, (f, at) in enumerate(self._slices.values()):
-            values = x[f][:, at.start : at.stop - 1]
-            mask = x[f][:, at.stop - 1 : at.stop]
-            c = values.shape[1]
-            gain = 1 + a.gain * (2 * self._uniform(n, 1, 1, 1) - 1)
-            bias = a.bias * torch.randn((n, c, 1, 1), generator=self._gen)
-            kept = (self._uniform(n, c, 1, 1) >= a.drop_feature).to(values.dtype)
-            here = (~lost[:, i]).to(values.dtype)[:, None, None, None]
-            # The bias must not fill invalid pixels: there the value stays the training mean.
-            values.mul_(gain).add_(bias * (mask > 0)).mul_(kept * here)
-            mask.mul_(here)
 
 
 def _turned(x: Tensor, turn: int, flip: int) -> Tensor:

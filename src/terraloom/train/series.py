@@ -13,86 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from terraloom.errors import FoldError, ModelError
+from terraloom.io import sha256
 from terraloom.models.fusion import Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import SegmentationLoss, class_weights, segmentation_loss
 from terraloom.models.temporal import SeriesNet, SeriesSpec
-from terraloom.train.fit import HeldOut
+from terraloom.train.held_out import HeldOut
+from terraloom.train.series_table import SeriesTable
 
 __all__ = [
     "SeriesAugmentation",
     "SeriesFit",
-    "SeriesScores",
     "SeriesSettings",
-    "SeriesTable",
     "cross_validate",
     "fit_series",
-    "scores_of",
 ]
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class SeriesTable:
-    """Labelled pixel series.
-
-    Attributes:
-        x: (N, T, B) float32 values, NaN = missing.
-        days: (N, T) float32 day of year, NaN = padding.
-        y: (N,) class 0 .. K-1.
-        fold: (N,) fold, 0 to 254.
-        bands: Names of the B bands.
-        classes: Names of the K classes.
-    """
-
-    x: Floats
-    days: Floats
-    y: Ints
-    fold: Ints
-    bands: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        def refuse(found: str, allowed: str, fix: str = "") -> None:
-            raise ModelError(found, where="SeriesTable", allowed=allowed, fix=fix)
-
-        n, k = len(self.x), len(self.classes)
-        if self.x.ndim != 3 or self.x.shape[2] != len(self.bands) or n == 0:
-            refuse(f"values of shape {self.x.shape}", f"(N, T, {len(self.bands)}), N above 0")
-        for name, want in (("days", self.x.shape[:2]), ("y", (n,)), ("fold", (n,))):
-            if getattr(self, name).shape != want:
-                refuse(f"{name} of shape {getattr(self, name).shape}", str(want))
-        if not np.issubdtype(self.y.dtype, np.integer) or self.y.min() < 0 or self.y.max() >= k:
-            refuse(f"classes {self.y.min()} to {self.y.max()}", f"integers 0 to {k - 1}",
-                   "leave out series without a class")  # fmt: skip
-        if self.fold.min() < 0 or self.fold.max() > 254:
-            refuse(f"folds {self.fold.min()} to {self.fold.max()}", "0 to 254")
-        infinite = np.isinf(self.x).any((1, 2))
-        if infinite.any():
-            refuse(f"infinite values in {int(infinite.sum())} series, the first is row "
-                   f"{int(infinite.argmax())}", "numbers, or NaN where missing",
-                   "write NaN, or look where these values come from")  # fmt: skip
-        nowhere = (np.isfinite(self.x).any(-1) & ~np.isfinite(self.days)).any(1)
-        if nowhere.any():
-            refuse(f"values without a day in {int(nowhere.sum())} series, the first is row "
-                   f"{int(nowhere.argmax())}", "a day for each date with values")  # fmt: skip
-
-    def rows(self, keep: npt.ArrayLike) -> SeriesTable:
-        """Some of the rows, by index or mask."""
-        at = np.asarray(keep)
-        return replace(self, x=self.x[at], days=self.days[at], y=self.y[at], fold=self.fold[at])
 
 
 @dataclass(frozen=True)
@@ -120,11 +64,14 @@ class SeriesSettings:
     """Settings of network and schedule.
 
     Attributes:
-        encoder: ``ltae``, ``tempcnn`` or ``gru``.
+        encoder: ``ltae``, ``tempcnn``, ``gru`` or ``presto``.
         network: More fields of :class:`terraloom.models.temporal.SeriesSpec`, e.g. ``width``.
         epochs: Passes over the training series (count).
         batch: Series per step (count).
         learning_rate: Peak of the schedule.
+        weights: File of pre-trained weights for ``presto``, read and never fetched; empty = none.
+        pretrained_rate: Learning rate of these weights where they are trained, beside
+            ``learning_rate`` (0-1).
         weight_decay: Of AdamW, on weight matrices only.
         warm_up: Share of the steps before the peak (0-1).
         ema: Decay of the moving average of the weights per step (0-1).
@@ -140,6 +87,8 @@ class SeriesSettings:
     epochs: int = 20
     batch: int = 64
     learning_rate: float = 3e-3
+    weights: str = ""
+    pretrained_rate: float = 0.1
     weight_decay: float = 1e-2
     warm_up: float = 0.1
     ema: float = 0.98
@@ -154,6 +103,14 @@ class SeriesSettings:
                 f"{self.epochs} epochs, batch {self.batch}, patience {self.patience}",
                 where="SeriesSettings", allowed="1 or more, 1 or more, 0 or more",
             )  # fmt: skip
+        adapt = self.network.get("adapt", "fine-tune")
+        if self.encoder == "presto" and adapt != "fine-tune" and not self.weights:
+            raise ModelError(f"{adapt} without weights", where="SeriesSettings.weights",
+                             allowed="a file of pre-trained weights",
+                             fix="give its path, or fine-tune from scratch")  # fmt: skip
+        if self.weights and self.encoder != "presto":
+            raise ModelError(f"weights for {self.encoder}", where="SeriesSettings.weights",
+                             allowed="encoder presto", fix="leave the weights out")  # fmt: skip
         a = self.augmentation
         if not (0 <= a.date_dropout < 1 and 0 <= a.band_dropout < 1):
             raise ModelError(f"dropout {a.date_dropout}, {a.band_dropout}",
@@ -167,13 +124,14 @@ class SeriesFit:
     Attributes:
         state_dict: Averaged weights, with normalisation buffers.
         spec: The network.
-        normalisation: Training statistics per band.
+        normalisation: Training statistics per band, or the encoder's own scaling.
         history: Mean ``loss`` per epoch and, with early stopping, ``stop_loss``.
         epoch: Epoch whose weights these are, from 1.
         held_out_fold: Fold that had no influence.
         stop_fold: Fold of early stopping; None without.
         seed: Seed of the fit.
         settings: Settings of training.
+        pretrained: Name and SHA-256 of the file of pre-trained weights; empty without.
     """
 
     state_dict: dict[str, Tensor]
@@ -185,6 +143,7 @@ class SeriesFit:
     stop_fold: int | None
     seed: int
     settings: SeriesSettings
+    pretrained: dict[str, str] = field(default_factory=dict)
 
     def network(self) -> SeriesNet:
         """The trained network in evaluation mode."""
@@ -193,11 +152,13 @@ class SeriesFit:
         return net.eval()
 
     def card(self) -> dict[str, Any]:
-        """JSON form of all but the weights."""
+        """JSON form of all but the weights; no paths, equal fits have equal cards."""
+        settings = asdict(self.settings)
+        settings["weights"] = self.pretrained
         return {
             "spec": self.spec.to_json(), "normalisation": asdict(self.normalisation),
             "history": self.history, "epoch": self.epoch, "held_out_fold": self.held_out_fold,
-            "stop_fold": self.stop_fold, "seed": self.seed, "settings": asdict(self.settings),
+            "stop_fold": self.stop_fold, "seed": self.seed, "settings": settings,
         }  # fmt: skip
 
 
@@ -229,17 +190,22 @@ def fit_series(
     train, stop = _divide(table, s, held_out_fold, stop_fold)
     task = TaskSpec("class", "segmentation", table.classes)
     spec = SeriesSpec(table.bands, (task,), s.encoder, **s.network)
-    norm = _normalisation(train)
+    sample = _normalisation(train)
     stream = np.random.SeedSequence([seed, held_out_fold]).generate_state(2, np.uint64)
     # Initial weights and dropout draw from torch's global stream, which is forked.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream[0] >> 1))
-        net = SeriesNet(spec, norm)
+        net = SeriesNet(spec, sample)
+        slow = net.load_pretrained(s.weights) if s.weights else []
         generator = torch.Generator().manual_seed(int(stream[1] >> 1))
-        state, history, epoch = _train(net, train, stop, s, generator)
+        state, history, epoch = _train(net, train, stop, s, slow, sample, generator)
+    # An encoder may bring a scaling of its own.
+    norm = Normalisation(tuple(net.mean.tolist()), tuple(net.std.tolist()))
+    file = {"name": Path(s.weights).name, "sha256": sha256(s.weights)} if s.weights else {}
     return SeriesFit(
-        state, spec, norm, history, epoch, held_out_fold, stop_fold if s.patience else None, seed, s
-    )
+        state, spec, norm, history, epoch, held_out_fold, stop_fold if s.patience else None, seed,
+        s, file,
+    )  # fmt: skip
 
 
 def _divide(
@@ -283,6 +249,8 @@ def _train(
     train: SeriesTable,
     stop: SeriesTable | None,
     s: SeriesSettings,
+    slow: Sequence[torch.nn.Parameter],
+    sample: Normalisation,
     generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]], int]:
     """Averaged weights of the last epoch, or of the best one on ``stop``; losses; the epoch."""
@@ -290,12 +258,9 @@ def _train(
     counts = np.bincount(train.y, minlength=len(train.classes))
     weights = torch.from_numpy(class_weights(counts, s.class_power)).float()
     steps = math.ceil(len(x) / s.batch)
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=s.learning_rate,
-    )
+    # Noise is in sds of the sample, also where an encoder brings its own scaling.
+    std = torch.tensor(sample.std, dtype=torch.float32)
+    optimiser = _optimiser(net, s, slow)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: _rate(i / (steps * s.epochs), s.warm_up)
     )
@@ -308,7 +273,7 @@ def _train(
         net.train()
         losses = []
         for rows in torch.randperm(len(x), generator=generator).tensor_split(steps):
-            bx, bt = _augment(x[rows], days[rows], net.std, s.augmentation, generator)
+            bx, bt = _augment(x[rows], days[rows], std, s.augmentation, generator)
             loss = _loss(net(bx, bt)["class"], y[rows], weights, s.loss)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -329,6 +294,22 @@ def _train(
             elif epoch - chosen >= s.patience:
                 break
     return (average if stop is None else best), history, chosen if stop else s.epochs
+
+
+def _optimiser(
+    net: SeriesNet, s: SeriesSettings, slow: Sequence[torch.nn.Parameter]
+) -> torch.optim.AdamW:
+    """AdamW on what is trained; decay on matrices only, a lower rate for pre-trained weights."""
+    known = {id(p) for p in slow}
+    groups: list[dict[str, Any]] = []
+    for rate, old in ((s.learning_rate, False), (s.learning_rate * s.pretrained_rate, True)):
+        own = [p for p in net.parameters() if p.requires_grad and (id(p) in known) == old]
+        for matrix in (True, False):
+            part = [p for p in own if (p.ndim > 1) == matrix]
+            if part:
+                decay = s.weight_decay if matrix else 0.0
+                groups.append({"params": part, "lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups)
 
 
 def _rate(share: float, warm_up: float) -> float:
@@ -397,65 +378,6 @@ def _augment(
     band &= left[:, None, None]
     x = x.masked_fill(drop[..., None] | band, math.nan)
     return x, days + a.shift_days * (2 * uniform(n, 1) - 1)
-
-
-@dataclass(frozen=True)
-class SeriesScores:
-    """Scores of out-of-fold predictions.
-
-    Attributes:
-        accuracy: Overall accuracy of each member (0-1).
-        f1: Macro-F1 of each member, over the classes among the labels (0-1).
-        joint_accuracy: Overall accuracy of the members' mean probability.
-        joint_f1: Its macro-F1.
-        reachable: Share of series whose class another fold has too: no classifier can be more
-            accurate on these folds (0-1).
-        samples: Number of series.
-    """
-
-    accuracy: tuple[float, ...]
-    f1: tuple[float, ...]
-    joint_accuracy: float
-    joint_f1: float
-    reachable: float
-    samples: int
-
-    def record(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
-    def line(self) -> str:
-        """One line: mean and sd over members, and of their mean probability."""
-        (a, b), (c, d) = (
-            (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0) for v in (self.accuracy, self.f1)
-        )
-        return (f"OA {a:.3f} sd {b:.3f}, macro-F1 {c:.3f} sd {d:.3f}; joint OA "
-                f"{self.joint_accuracy:.3f}, macro-F1 {self.joint_f1:.3f}; reachable OA "
-                f"{self.reachable:.3f}, n {self.samples}")  # fmt: skip
-
-
-def scores_of(held: HeldOut) -> SeriesScores:
-    """Scores of out-of-fold class probabilities, such as :func:`cross_validate` makes.
-
-    Raises:
-        FoldError: There are no predictions.
-    """
-    y = np.asarray(held.y)
-    if not len(y):
-        raise FoldError("no held-out series", where="scores of series", fix="check the folds")
-    names = np.unique(y)
-    folds_of = {k: np.unique(held.fold[y == k]) for k in names}
-    reachable = np.mean([len(folds_of[k]) > 1 for k in y])
-
-    def both(p: npt.NDArray[Any]) -> tuple[float, float]:
-        out = p.argmax(-1)
-        f1 = f1_score(y, out, average="macro", labels=names, zero_division=0)
-        return float(accuracy_score(y, out)), float(f1)
-
-    each = [both(p) for p in held.p]
-    joint = both(held.p.mean(0))
-    return SeriesScores(tuple(a for a, _ in each), tuple(f for _, f in each), *joint,
-                        float(reachable), len(y))  # fmt: skip
 
 
 def cross_validate(

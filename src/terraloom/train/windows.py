@@ -17,9 +17,10 @@ from terraloom.errors import ModelError
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.models.registry import make_spec
 from terraloom.preprocess.groups import GroupFacts, group_factor, group_facts, group_order
 
-__all__ = ["inputs_of", "labels_of", "modalities_of", "normalisation_of", "spec_of"]
+__all__ = ["inputs_of", "labels_of", "modalities_of", "normalisation_of", "spec_of", "units_of"]
 
 #: Normalisation looks at this many chips at most (count): the memory it needs is bounded.
 _NORMAL_CHIPS = 512
@@ -50,22 +51,32 @@ def modalities_of(chips: xr.Dataset) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def spec_of(chips: xr.Dataset, tasks: Sequence[TaskSpec], **settings: Any) -> FusionSpec:
+def spec_of(
+    chips: xr.Dataset, tasks: Sequence[TaskSpec], network: str = "fusion", **settings: Any
+) -> FusionSpec:
     """The network that fits chips: channels, spectral roles and signs of their modalities.
 
     Args:
         chips: The chips; attributes of ``x_<group>`` as in
-            :func:`terraloom.preprocess.groups.group_facts`.
+            :func:`terraloom.preprocess.groups.group_facts`; attribute ``days`` of the chips, the
+            day of each period since 1970-01-01.
         tasks: What the heads predict.
+        network: One of :data:`terraloom.models.registry.ARCHITECTURES`.
         settings: Further fields of :class:`FusionSpec`, such as ``width``.
     """
     channels = modalities_of(chips)
     facts = {g: _facts(chips, g) for g in channels}
     signed = {g: _signed(chips, g, channels[g]) for g in channels if facts[g].unit == "power"}
-    return FusionSpec(
-        channels, tuple(tasks), roles={g: f.roles for g, f in facts.items() if f.roles},
+    return make_spec(
+        network, channels, tasks, days=chips.attrs.get("days"),
+        roles={g: f.roles for g, f in facts.items() if f.roles},
         signed={g: names for g, names in signed.items() if names}, **settings,
     )  # fmt: skip
+
+
+def units_of(chips: xr.Dataset) -> dict[str, str]:
+    """Unit of each modality, such as ``reflectance`` or ``power``."""
+    return {g: _facts(chips, g).unit for g in modalities_of(chips)}
 
 
 def _facts(chips: xr.Dataset, group: str) -> GroupFacts:
@@ -166,17 +177,19 @@ def labels_of(
         if name not in chips:
             raise ModelError(f"chips without labels {name}", where=f"task {task.name}")
         values = np.array(chips[name].values)
+        here = keep
+        if f"w_{task.name}" in chips:
+            weight = np.nan_to_num(np.array(chips[f"w_{task.name}"].values, dtype=np.float32))
+            w[task.name] = torch.from_numpy(weight)
+            here = keep & (weight > 0)  # no weight is no label
         if task.kind == "segmentation":
-            values[~keep | (values >= len(task.classes))] = IGNORE
+            values[~here | (values >= len(task.classes))] = IGNORE
             if erode_px > 0:
                 values = _erode(values, erode_px)
         else:
             values = values.astype(np.float32)
-            values[~keep] = np.nan
+            values[~here] = np.nan
         y[task.name] = torch.from_numpy(values)
-        if f"w_{task.name}" in chips:
-            weight = np.nan_to_num(np.array(chips[f"w_{task.name}"].values, dtype=np.float32))
-            w[task.name] = torch.from_numpy(weight)
     return y, w
 
 
