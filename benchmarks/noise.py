@@ -38,7 +38,7 @@ from terraloom.labels.corrupt import (
     symmetric_transition,
 )
 from terraloom.labels.rasterise import burn
-from terraloom.models.robust import RobustLoss, robust_loss
+from terraloom.models.class_losses import SegmentationLoss, segmentation_loss
 from terraloom.train.baseline import pixels_at_10m
 
 FOLDS = 4
@@ -112,11 +112,11 @@ def rehearsal(folder: Path) -> World:
 
 
 def mlp(
-    x: np.ndarray, y: np.ndarray, classes: int, seed: int, *, loss: RobustLoss | None = None,
+    x: np.ndarray, y: np.ndarray, classes: int, seed: int, *, loss: SegmentationLoss | None = None,
     w: np.ndarray | None = None, transition: np.ndarray | None = None,
 ) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
     """A small network on single pixels; the same for every method."""
-    settings = loss or RobustLoss()
+    settings = loss or SegmentationLoss()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = torch.nn.Sequential(
@@ -129,7 +129,7 @@ def mlp(
     optimiser = torch.optim.Adam(net.parameters(), RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
     for step, at in enumerate(draws):
-        value = robust_loss(net(tx[at]), ty[at], settings=settings, pixel_weights=tw[at],
+        value = segmentation_loss(net(tx[at]), ty[at], settings=settings, pixel_weights=tw[at],
                             transition=transition, keep=settings.keep(step, STEPS))  # fmt: skip
         optimiser.zero_grad(set_to_none=True)
         value.backward()
@@ -160,17 +160,17 @@ def methods(
     drop = label_weights(review)[at]
     share = min(float(review.flags.mean()), 0.9)
 
-    def run(loss: RobustLoss | None = None, **k: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def run(loss: SegmentationLoss | None = None, **k: Any) -> Callable[[np.ndarray], np.ndarray]:
         return mlp(x, y, classes, seed, loss=loss, **k)
 
     return {
         "none": run(),
         "cleaned": run(w=drop),
-        "gce": run(RobustLoss("gce")),
-        "sce": run(RobustLoss("sce")),
-        "forward": run(RobustLoss("forward"), transition=review.noise),
-        "small loss": run(RobustLoss(forget=share)),
-        "cleaned + gce": run(RobustLoss("gce"), w=drop),
+        "gce": run(SegmentationLoss("gce")),
+        "sce": run(SegmentationLoss("sce")),
+        "forward": run(SegmentationLoss("forward"), transition=review.noise),
+        "small loss": run(SegmentationLoss(forget=share)),
+        "cleaned + gce": run(SegmentationLoss("gce"), w=drop),
     }  # fmt: skip
 
 

@@ -29,7 +29,9 @@ from terraloom.labels.leakage import degree_blocks
 from terraloom.models.heads import TaskSpec
 from terraloom.models.temporal import SeriesNet, SeriesSpec
 from terraloom.train.fit import HeldOut
-from terraloom.train.series import SeriesSettings, SeriesTable, cross_validate, scores_of
+from terraloom.train.score_series import scores_of
+from terraloom.train.series import SeriesSettings, cross_validate
+from terraloom.train.series_table import SeriesTable
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -241,7 +241,7 @@ def build_cube(
 @app.command(rich_help_panel=LABELS)
 def align_labels(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Read and align the labels and divide them into spatial folds."""
-    from terraloom.labels.chips import align_labels as run
+    from terraloom.labels.align import align_labels as run
     from terraloom.legend import read_legend
 
     c = _load(campaign)
@@ -258,20 +258,32 @@ def cut_chips(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 
 
 @app.command(rich_help_panel=MODEL)
-def train_fold(
+def search_settings(
     fold: Annotated[int, typer.Option(help="Fold that is held out.")],
     campaign: CampaignFile = RUN_CAMPAIGN,
 ) -> None:
-    """Train the members that do not see one fold."""
-    from terraloom.train.run import train_fold as run
+    """Search settings for the networks that do not see one fold."""
+    from terraloom.train.run import search_settings as run
 
     run(_load(campaign), fold)
 
 
 @app.command(rich_help_panel=MODEL)
+def train_member(
+    fold: Annotated[int, typer.Option(help="Fold that is held out.")],
+    member: Annotated[int, typer.Option(help="Number of the member, from 0.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Train one network that does not see one fold."""
+    from terraloom.train.run import train_member as run
+
+    run(_load(campaign), fold, member)
+
+
+@app.command(rich_help_panel=MODEL)
 def fit_baseline(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Fit the per-pixel random forest on the same folds."""
-    from terraloom.assess.held_out import fit_baseline as run
+    from terraloom.assess.forest import fit_baseline as run
 
     c = _load_to_read(campaign)
     run(c, _grid(c))
@@ -351,6 +363,29 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.command(rich_help_panel=PEOPLE)
+def score_series(
+    table: Annotated[Path, typer.Argument(help="CSV: sample, x, y, date, class and the bands.")],
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
+    encoder: Annotated[str, typer.Option(help="ltae, tempcnn, gru or presto.")] = "ltae",
+    weights: Annotated[str, typer.Option(help="File of pre-trained weights (presto).")] = "",
+    adapt: Annotated[str, typer.Option(help="Presto: fine-tune, frozen or lora.")] = "fine-tune",
+    group: Annotated[str, typer.Option(help="Column of groups that stay whole.")] = "",
+    block_deg: Annotated[float, typer.Option(help="Width of a block (degrees).")] = 1.0,
+    folds: Annotated[int, typer.Option(help="Folds.")] = 10,
+    seeds: Annotated[int, typer.Option(help="Networks per fold.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the training series.")] = 30,
+) -> None:
+    """Score a network on a table of labelled pixel series, in spatial folds."""
+    from terraloom.train.score_series import score_series as run
+
+    record = run(
+        table, out, encoder=encoder, weights=weights, adapt=adapt, group=group,
+        block_deg=block_deg, folds=folds, seeds=range(seeds), epochs=epochs,
+    )  # fmt: skip
+    typer.echo("\n".join(record["lines"]))
 
 
 @app.callback()

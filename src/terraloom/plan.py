@@ -106,6 +106,9 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
         if "classes" in task:
             task["classes"] = path(task["classes"])
         task["labels"]["file"] = path(task["labels"]["file"])
+    for section, key in (("folds", "regions"), ("model", "weights")):
+        if data.get(section, {}).get(key):
+            data[section][key] = path(data[section][key])
     sample = data.get("sample")
     if sample and sample.get("answers", "truth") != "truth":
         sample["answers"] = path(sample["answers"])
@@ -181,9 +184,15 @@ class Plan:
 
     @property
     def label_files(self) -> list[str]:
-        """Files with labels or legends."""
-        files = {t.labels.file for t in self.campaign.tasks}
-        return sorted(files | {t.classes for t in self.campaign.tasks if t.classes})
+        """Files with labels, legends or the regions of folds."""
+        tasks, regions = self.campaign.tasks, self.campaign.folds.regions
+        files = {t.labels.file for t in tasks} | {t.classes for t in tasks if t.classes}
+        return sorted(files | ({regions} if regions else set()))
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Pre-trained weights that networks start from."""
+        return [self.campaign.model.weights] if self.campaign.model.weights else []
 
     @property
     def answer_files(self) -> list[str]:

@@ -203,7 +203,8 @@ def _model(folder: Path, rng: np.random.Generator) -> None:
             path = folder / f"fold-{fold}" / f"member-{member}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(rng.bytes(64))
-    write_json(folder / "calibration.json", {"temperature": 1.42})
+    calibration = {"method": "temperature", "temperature": 1.42}
+    write_json(folder / "calibration.json", {"tasks": {"land_cover": calibration}})
 
 
 def _fields(rng: np.random.Generator) -> F64:

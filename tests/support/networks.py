@@ -45,4 +45,5 @@ def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) ->
                         weight.mul_(2)
         save_member(Path(f"results/model/fold-0/member-{m}.safetensors"), net.state_dict(), spec,
                     normalisation)  # fmt: skip
-    write_json("results/model/calibration.json", {"temperature": 1.3})
+    calibration = {"method": "temperature", "temperature": 1.3}
+    write_json("results/model/calibration.json", {"tasks": {campaign.land_cover.name: calibration}})

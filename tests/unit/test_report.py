@@ -407,6 +407,41 @@ def test_label_report_of_each_task_and_the_rest():
     assert scores.label_tasks(None) == ([], [])
 
 
+def test_folds_are_a_table_and_lists_for_programs_are_not_shown():
+    raw = {
+        "folds": {"count": 2, "fold_of_block": [0, 1] * 40, "range_m": None, "variogram": {
+            "model": "spherical", "sill": 0.5, "nugget": 0.1, "lag_m": [1.0] * 20}},
+        "audit": {"min_distance_m": 40, "labels_per_fold": {"0": 3, "1": 4}, "per_fold": [
+            {"fold": 0, "labels": 3, "classes": 2, "nearest_m": 40.4, "median_m": 90.0},
+            {"fold": 1, "labels": 4, "classes": 2, "nearest_m": 40.4, "median_m": 120.0}]},
+    }  # fmt: skip
+    _, rest = scores.label_tasks(raw)
+    assert rest[0].title == "Labels in folds"
+    assert rest[0].rows == [["0", "3", "2", "40", "90"], ["1", "4", "2", "40", "120"]]
+    shown = dict(r for t in rest[1:] for r in t.rows if len(r) == 2)
+    assert not any("values" in c for t in rest for r in t.rows for c in r)
+    assert shown["Variogram model"] == "spherical"
+    assert not any("Labels per fold" in t.title for t in rest)
+
+
+def test_the_gap_between_random_and_blocked_folds_is_said(results: Path, quick: None):
+    path = results / "model" / "held_out.json"
+    held = read_json(path)
+    assert "random split" not in _words_of(results)
+    held["baseline"]["random_split"] = {"oa": 0.988, "macro_f1": 0.98, "pixels": 1218}
+    held["baseline"]["same_pixels"] = {"oa": 0.878, "macro_f1": 0.7, "pixels": 1218}
+    write_json(path, held)
+    words = _words_of(results)
+    assert "would claim 98.8% instead of 87.8%. The gap of 11.0 points is what" in words
+    assert "Random forest, random split" in words
+
+
+def _words_of(results: Path) -> str:
+    out = results.parent / "report.html"
+    build_report(results, fake_campaign(simulated=True), out)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", out.read_text(encoding="utf-8")))
+
+
 def test_surest_suspects_come_first():
     raw = [
         {"label_id": 7, "class": "a", "likely": "b", "p_class": 0.2, "p_likely": 0.6},

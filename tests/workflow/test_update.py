@@ -140,7 +140,7 @@ def test_a_frozen_model_predicts_the_changed_tiles_and_their_neighbours(tmp_path
     assert todo["mask_scenes"] == 1
     assert todo["build_cube"] == 1, "the one tile of sixteen that the scene touches"
     assert todo["predict_tiles"] == 4, "that tile and its three neighbours"
-    assert not {"train_fold", "cut_chips", "lock_items", "simulate"} & set(todo)
+    assert not {"train_member", "cut_chips", "lock_items", "simulate"} & set(todo)
 
 
 def test_a_changed_campaign_asks_for_a_new_lock(built: tuple[Path, str]) -> None:

@@ -14,13 +14,13 @@ from terraloom.check import check_campaign
 #: Jobs of the shared road; `build_cube` and `predict_tiles` count their batches of tiles.
 ROAD = {
     "lock_items": 1, "verify_items": 1, "mask_scenes": 1, "measure_shifts": 1, "audit_scenes": 1,
-    "build_cube": 2, "align_labels": 1, "cut_chips": 1, "train_fold": 4, "fit_baseline": 1,
+    "build_cube": 2, "align_labels": 1, "cut_chips": 1, "train_member": 4, "fit_baseline": 1,
     "calibrate": 1, "predict_tiles": 2, "mosaic_products": 1, "estimate_areas": 1,
     "catalogue_products": 1, "build_report": 1, "all": 1,
 }  # fmt: skip
 SCENES = {"lock_items", "verify_items", "mask_scenes", "measure_shifts", "audit_scenes"}
 CHIPS = {"align_labels", "cut_chips"}
-MODEL = {"train_fold", "calibrate"}
+MODEL = {"train_member", "calibrate"}
 MAP = {"predict_tiles", "mosaic_products", "estimate_areas", "catalogue_products", "build_report",
        "all"}  # fmt: skip
 
@@ -45,6 +45,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "score_rehearsal": 1,
                 "mask_scenes": 8,
                 "fit_baseline": 0,
+                "train_member": 8,
             },
         ),
     ],

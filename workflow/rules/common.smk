@@ -26,6 +26,18 @@ MASKS = expand(
     part=PLAN.part_names,
 )
 FOLDS = [str(k) for k in range(CAMPAIGN.folds.count)]
+# The members' cards are written after their weights, and hold the digest of these.
+CARDS = expand(
+    "results/model/fold-{fold}/member-{member}.json",
+    fold=FOLDS,
+    member=range(CAMPAIGN.model.members),
+)
+# What of `model` makes other weights.
+TRAIN_KEYS = [
+    f"model.{key}"
+    for key in type(CAMPAIGN.model).model_fields
+    if key not in ("members", "baseline", "calibration", "label_noise", "processes")
+]
 MILESTONES = PLAN.milestones
 
 
@@ -98,6 +110,7 @@ wildcard_constraints:
     part=r"p\d+",
     period=r"[A-Za-z0-9_-]+",
     fold=r"\d+",
+    member=r"\d+",
     name=r"[a-z][a-z0-9_-]*",
 
 

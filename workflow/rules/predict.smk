@@ -2,7 +2,7 @@
 rule predict_tiles:
     input:
         calibration="results/model/calibration.json",
-        cards=expand("results/model/fold-{fold}/card.json", fold=FOLDS),
+        cards=CARDS,
         cubes=lambda wildcards: expand(
             "work/cube/{batch}.json", batch=PLAN.around(wildcards.batch)
         ),

@@ -1,36 +1,55 @@
-# One job per fold trains its members; then the ensemble is calibrated on held-out folds.
+# One job per member; then the ensemble is calibrated on held-out folds.
 if building("model"):
 
-    rule train_fold:
+    if CAMPAIGN.model.search:
+
+        rule search_settings:
+            input:
+                chips="results/chips/chips.zip",
+            output:
+                "work/search/fold-{fold}/best.json",
+            log:
+                "logs/search_settings/{fold}.log",
+            benchmark:
+                "benchmarks/search_settings/{fold}.tsv"
+            threads: 1
+            resources:
+                mem_mb=mem_mb(3000),
+                runtime=minutes(240),
+            params:
+                config=keys("tasks", "seed", "folds", *TRAIN_KEYS),
+                code=code_digest("train.search"),
+            message:
+                "Search settings for the members that do not see fold {wildcards.fold}"
+            shell:
+                "terraloom search-settings --campaign work/campaign.yaml "
+                "--fold {wildcards.fold} > {log} 2>&1"
+
+    rule train_member:
         input:
+            PLAN.weight_files,
+            "work/search/fold-{fold}/best.json" if CAMPAIGN.model.search else [],
             chips="results/chips/chips.zip",
+            folds="results/chips/folds.gpkg",
         output:
-            "results/model/fold-{fold}/card.json",
+            "results/model/fold-{fold}/member-{member}.safetensors",
+            "results/model/fold-{fold}/member-{member}.json",
         log:
-            "logs/train_fold/{fold}.log",
+            "logs/train_member/{fold}-{member}.log",
         benchmark:
-            "benchmarks/train_fold/{fold}.tsv"
-        threads: 1
+            "benchmarks/train_member/{fold}-{member}.tsv"
+        threads: CAMPAIGN.model.processes
         resources:
             mem_mb=mem_mb(3000),
             runtime=minutes(240),
         params:
-            config=keys(
-                "tasks",
-                "seed",
-                "folds.count",
-                "model.members",
-                "model.width",
-                "model.epochs",
-                "model.batch",
-                "model.learning_rate",
-            ),
+            config=keys("tasks", "seed", "folds", "cube.periods", *TRAIN_KEYS),
             code=code_digest("train.run"),
         message:
-            "Train the members that do not see fold {wildcards.fold}"
+            "Train member {wildcards.member} of those that do not see fold {wildcards.fold}"
         shell:
-            "terraloom train-fold --campaign work/campaign.yaml --fold {wildcards.fold} "
-            "> {log} 2>&1"
+            "terraloom train-member --campaign work/campaign.yaml --fold {wildcards.fold} "
+            "--member {wildcards.member} > {log} 2>&1"
 
     rule fit_baseline:
         input:
@@ -50,8 +69,10 @@ if building("model"):
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            config=keys("tasks", "seed", "folds.count", "model.baseline"),
-            code=code_digest("assess.held_out"),
+            config=keys(
+                "tasks", "seed", "folds.count", "folds.buffer_m", "model.baseline"
+            ),
+            code=code_digest("assess.forest"),
         message:
             "Fit the per-pixel random forest on the same folds"
         shell:
@@ -60,7 +81,10 @@ if building("model"):
     rule calibrate:
         input:
             chips="results/chips/chips.zip",
-            cards=expand("results/model/fold-{fold}/card.json", fold=FOLDS),
+            folds="results/chips/folds.gpkg",
+            labels="results/chips/labels.json",
+            metrics="results/chips/metrics.json",
+            cards=CARDS,
             baseline="results/model/baseline.json" if CAMPAIGN.model.baseline else [],
         output:
             calibration="results/model/calibration.json",
@@ -68,6 +92,8 @@ if building("model"):
             metrics="results/model/metrics.json",
             reliability="results/model/reliability.csv",
             history="results/model/history.csv",
+            suspects="results/model/suspects.gpkg",
+            card="results/model/model_card.md",
         log:
             "logs/calibrate.log",
         benchmark:
@@ -78,7 +104,17 @@ if building("model"):
             runtime=minutes(60),
         params:
             config=keys(
-                "tasks", "seed", "folds.count", "model.members", "model.label_noise"
+                "name",
+                "title",
+                "sources",
+                "chips",
+                "cube.periods",
+                "tasks",
+                "seed",
+                "folds",
+                "model.members",
+                "model.label_noise",
+                "model.calibration",
             ),
             code=code_digest("assess.held_out"),
         message:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,26 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from terraloom.assess.reliability import (
-    SkillReport,
-    confusion_matrix,
-    skill_from_matrix,
-    skill_report,
-)
+from terraloom.assess.model_card import write_model_card
+from terraloom.assess.reliability import SkillReport, skill_report
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.config.labels import Task
-from terraloom.errors import StateError
-from terraloom.grid import CampaignGrid, geobox_from_record
+from terraloom.errors import LabelError, StateError
+from terraloom.grid import geobox_from_record
 from terraloom.io import read_json, read_store, write_json, write_text
-from terraloom.labels.chips import cut_chips
-from terraloom.labels.noise import noise_matrix, suspect_labels
-from terraloom.labels.rasterise import NO_LABEL, burn
+from terraloom.labels.clean import LabelReview, review_labels, write_review
+from terraloom.labels.time import weigh_chips
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
-from terraloom.models.heads import TaskSpec
-from terraloom.preprocess.cube import build_tile
-from terraloom.preprocess.scenes import gather_scenes
-from terraloom.train.baseline import pixel_forest
+from terraloom.models.mapnet import MapNet
+from terraloom.models.registry import check_contract, load_member
 from terraloom.train.calibrate import Reliability, reliability
-from terraloom.train.ensemble import averaged, cross_fitted_average, fit_ensemble_temperature
-from terraloom.train.fit import HeldOut, load_member, predict_held_out
+from terraloom.train.ensemble import averaged, cross_fitted_average, fit_calibration
+from terraloom.train.held_out import HeldOut, predict_held_out
 from terraloom.train.run import CHIPS, MODEL, member_files, task_specs
+from terraloom.train.windows import modalities_of, units_of
 
-__all__ = ["calibrate", "fit_baseline"]
+__all__ = ["calibrate"]
 
 #: Equal-width confidence bins of the reliability curve and of the calibration error.
 BINS = 15
@@ -56,18 +48,21 @@ log = get_logger(__name__)
 
 
 def calibrate(campaign: Campaign) -> None:
-    """Fit the temperature, score the held-out blocks, list suspect labels."""
+    """Fit the calibration, score the held-out blocks, list suspect labels."""
     torch.set_num_threads(1)
-    chips = read_store(CHIPS).load()
+    chips = read_store(CHIPS)
+    labels = _labels(campaign, chips)
     held = _held_out(campaign, chips)
     task = campaign.land_cover
     legend = read_legend(str(task.classes))
-    cover = held[task.name]
+    cover, outdated_px = _current(campaign, chips, labels, held[task.name])
     y = cover.y.astype(np.int64)
-    review = _review(campaign, chips, cover, len(legend))
+    label_of = chips[f"label_{task.name}"].to_numpy().ravel()[cover.index]
+    review = review_labels(averaged(cover.p), y, label_of)
+    method = campaign.model.calibration
     noise = review.noise if campaign.model.label_noise == "estimated" else None
-    temperature = fit_ensemble_temperature(cover.p, y, noise)
-    honest = cross_fitted_average(cover.p, y, cover.fold, noise)
+    calibration = fit_calibration(cover.p, y, method, noise)
+    honest = cross_fitted_average(cover.p, y, cover.fold, method, noise)
     # What the labels should show of it: with label noise, less than the true class would.
     seen = honest if noise is None else honest @ noise
     curve = reliability(seen, y, n_bins=BINS)
@@ -85,22 +80,27 @@ def calibrate(campaign: Campaign) -> None:
         "per_class": _per_class(skill, legend),
         "ece_before": reliability(raw, y, n_bins=BINS).error(),
         "ece_after": curve.error(),
-        "temperature": temperature,
+        "temperature": calibration.temperature,
+        "calibration": method,
         "n_bins": BINS,
         "n_pixels": len(y),
+        "outdated_px": outdated_px,
         "n_blocks": skill.n_blocks,
         "baseline": baseline,
         "regression": _regressions(campaign, held),
         "boundary": _boundaries(campaign, held),
         "label_noise": campaign.model.label_noise,
         "label_noise_pct": 100 * float(review.flags.mean()),
-        "suspects": review.suspects(legend),
+        "suspects": _suspects(review, legend),
     }
     write_json(MODEL / "held_out.json", record)
     write_text(MODEL / "reliability.csv", _csv(_curve(curve)))
     write_text(MODEL / "history.csv", _history(campaign))
     write_json(MODEL / "metrics.json", _metrics(record))
-    write_json(MODEL / "calibration.json", {"temperature": temperature, "n_pixels": len(y)})
+    fitted = calibration.record() | {"n_pixels": len(y)}
+    write_json(MODEL / "calibration.json", {"tasks": {task.name: fitted}})
+    write_review(MODEL / "suspects.gpkg", review, labels, legend.names)
+    write_model_card(campaign)
     _say(record)
 
 
@@ -113,10 +113,19 @@ def _held_out(campaign: Campaign, chips: xr.Dataset) -> dict[str, HeldOut]:
                 f"{len(files)} members, {campaign.model.members} are configured",
                 where=f"results/model/fold-{fold}", fix="run target `model` again",
             )  # fmt: skip
-        members = [load_member(f)[0] for f in files]
+        members = [_fitting(campaign, chips, f) for f in files]
         for name, held in predict_held_out(chips, members, fold).items():
             parts[name].append(held)
     return {name: HeldOut.join(p) for name, p in parts.items()}
+
+
+def _fitting(campaign: Campaign, chips: xr.Dataset, file: Path) -> MapNet:
+    """A member, which must have been trained on what these chips and tasks are."""
+    net, card = load_member(file)
+    check_contract(
+        card, modalities_of(chips), task_specs(campaign), units=units_of(chips), where=str(file)
+    )
+    return net
 
 
 def _interval(estimate: Any) -> dict[str, Any]:
@@ -176,70 +185,58 @@ def _f1(found: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> float:
     return 2 * both / total if total else float("nan")
 
 
-@dataclass(frozen=True)
-class _Review:
-    """Labels held against the held-out predictions of their pixels.
-
-    Attributes:
-        ids: (L,) row of the label file.
-        label: (L,) class index of the label.
-        likely: (L,) class that the predictions support.
-        mean: (L, K) mean held-out probability over the label's pixels.
-        flags: (L,) label and support differ.
-        noise: (K, K) estimated probability of a label given the true class.
-    """
-
-    ids: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
-    likely: npt.NDArray[np.intp]
-    mean: npt.NDArray[np.float64]
-    flags: npt.NDArray[np.bool_]
-    noise: npt.NDArray[np.float64]
-
-    def suspects(self, legend: Legend) -> list[dict[str, Any]]:
-        """Labels that are probably wrong, for people to look at."""
-        return [
-            {
-                "label_id": int(self.ids[i]), "class": legend.names[self.label[i]],
-                "likely": legend.names[self.likely[i]],
-                "p_class": float(self.mean[i, self.label[i]]),
-                "p_likely": float(self.mean[i, self.likely[i]]),
-            }
-            for i in np.flatnonzero(self.flags)
-        ]  # fmt: skip
-
-
-def _review(campaign: Campaign, chips: xr.Dataset, cover: HeldOut, classes: int) -> _Review:
-    which = _label_of_pixels(campaign.land_cover, chips)[cover.index]
-    p = averaged(cover.p, 1.0)
-    inside = which >= 0
-    ids, where = np.unique(which[inside], return_inverse=True)
-    count = np.bincount(where, minlength=len(ids))
-    mean = np.stack(
-        [np.bincount(where, p[inside, k], minlength=len(ids)) / count for k in range(classes)],
-        axis=1,
-    )
-    label = np.zeros(len(ids), np.int64)
-    label[where] = cover.y[inside].astype(np.int64)
-    flags, likely = suspect_labels(mean, label)
-    return _Review(ids, label, likely, mean, flags, noise_matrix(label, likely, classes))
-
-
-def _label_of_pixels(task: Task, chips: xr.Dataset) -> npt.NDArray[np.int64]:
-    """Row of the label file of each chip pixel (flattened N, h, w); -1 for none."""
+def _labels(campaign: Campaign, chips: xr.Dataset) -> gpd.GeoDataFrame:
+    """Aligned labels of the class map."""
     labels = gpd.read_file(CHIPS.with_name("folds.gpkg"), layer="labels")
-    grid = geobox_from_record(chips.attrs)
-    labels = labels[labels["task"] == task.name].set_crs(str(grid.crs), allow_override=True)
-    mine = labels.reset_index(drop=True)
-    ids = mine["label_id"].to_numpy()
-    size = int(chips.attrs["size_px"])
-    out = []
-    for row, col in zip(chips["row"].to_numpy(), chips["col"].to_numpy(), strict=True):
-        window = grid[0:size, 0:size].translate_pix(int(col), int(row))
-        burned = burn(mine, window, kind=task.kind, erode_m=task.labels.erode_m)
-        found = burned.label != NO_LABEL
-        out.append(np.where(found, ids[np.where(found, burned.label, 0)], -1))
-    return np.stack(out).ravel().astype(np.int64)
+    mine = labels[labels["task"] == campaign.land_cover.name].reset_index(drop=True)
+    crs = str(geobox_from_record(chips.attrs).crs)
+    return mine.set_crs(crs, allow_override=True)
+
+
+def _current(
+    campaign: Campaign, chips: xr.Dataset, labels: gpd.GeoDataFrame, held: HeldOut
+) -> tuple[HeldOut, int]:
+    """Held-out pixels without those whose ground has changed since, and how many went.
+
+    What was true before the images says nothing about a map of their time. The test knows the
+    classes by the labels of other folds, and no prediction has a part in it.
+    """
+    task = campaign.land_cover
+    if task.labels.drop_changed is None:
+        return held, 0
+    stays = np.ones(len(held.index), dtype=bool)
+    for fold in np.unique(held.fold):
+        timed, _ = weigh_chips(
+            chips, labels, task.name, periods=campaign.cube.periods,
+            drop_changed=task.labels.drop_changed, erode_m=task.labels.erode_m,
+            held_out_fold=int(fold), require=False,
+        )  # fmt: skip
+        here = held.fold == fold
+        stays[here] = timed[f"w_{task.name}"].to_numpy().ravel()[held.index[here]] > 0
+    if not stays.any():
+        raise LabelError(
+            f"the ground of all {len(stays)} held-out pixels has changed",
+            where=f"task {task.name}",
+            allowed="at least one label that is still true",
+            fix="a larger labels.drop_changed, or labels of another time",
+        )  # fmt: skip
+    kept = replace(
+        held, index=held.index[stays], fold=held.fold[stays], y=held.y[stays], p=held.p[:, stays]
+    )
+    return kept, int((~stays).sum())
+
+
+def _suspects(review: LabelReview, legend: Legend) -> list[dict[str, Any]]:
+    """Labels that are probably wrong, for the report; with their places in ``suspects.gpkg``."""
+    return [
+        {
+            "label_id": int(review.ids[i]), "class": legend.names[review.given[i]],
+            "likely": legend.names[review.likely[i]],
+            "p_class": float(review.mean[i, review.given[i]]),
+            "p_likely": float(review.mean[i, review.likely[i]]),
+        }
+        for i in np.flatnonzero(review.flags)
+    ]  # fmt: skip
 
 
 def _curve(table: Reliability) -> list[dict[str, Any]]:
@@ -298,39 +295,3 @@ def _say(record: dict[str, Any]) -> None:
     for name, scores in (record["baseline"] or {}).items():
         log.info("random forest, %s: OA %.3f, macro-F1 %.3f", name, scores["oa"],
                  scores["macro_f1"])  # fmt: skip
-
-
-def fit_baseline(campaign: Campaign, grid: CampaignGrid) -> None:
-    """Per-pixel random forest on all bands, on the same folds; writes ``baseline.json``.
-
-    Two scores: on the pixels that the networks are scored on, and on all labelled pixels, clouds
-    and shadows included, which is what a map without masks would face.
-    """
-    task = next(t for t in task_specs(campaign) if t.name == campaign.land_cover.name)
-    masked = read_store(CHIPS).load()
-    plain = _unmasked_chips(campaign, grid)
-    scores = {
-        "same_pixels": _forest_scores(masked, task, campaign.seed),
-        "all_pixels": _forest_scores(plain, task, campaign.seed),
-    }
-    write_json(MODEL / "baseline.json", scores)
-
-
-def _unmasked_chips(campaign: Campaign, grid: CampaignGrid) -> xr.Dataset:
-    """The same chips from cubes in which nothing is masked."""
-    folder = Path("work/unmasked")
-    scenes = [replace(s, masks=()) for s in gather_scenes(campaign)]
-    for tile in grid.tiles():
-        build_tile(tile, grid, campaign, scenes, folder / f"{tile.name}.zip", "unmasked")
-    for name in ("folds.gpkg", "labels.json"):
-        shutil.copyfile(CHIPS.with_name(name), folder / name)
-    cut_chips(campaign, grid, folder, folder)
-    chips: xr.Dataset = read_store(folder / "chips.zip").load()
-    return chips
-
-
-def _forest_scores(chips: xr.Dataset, task: TaskSpec, seed: int) -> dict[str, float]:
-    held = pixel_forest(chips, task, seed=seed)
-    matrix = confusion_matrix(held.y, held.p[0].argmax(axis=1), range(len(task.classes)))
-    skill = skill_from_matrix(matrix)
-    return {"oa": float(skill.oa), "macro_f1": float(skill.macro_f1), "pixels": len(held.y)}

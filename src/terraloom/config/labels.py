@@ -58,8 +58,8 @@ class LabelSource(Section):
     )
     min_purity: float = Field(
         0.5, gt=0, le=1,
-        description="With `fractions`: pixels in which no class covers this share have no label "
-        "(0-1).",
+        description="With `fractions`: pixels in which no class (with `soft`: all classes "
+        "together) covers this share have no label (0-1).",
     )  # fmt: skip
     soft: bool = Field(
         False,
@@ -188,7 +188,7 @@ class Folds(Section):
     )
     count: int = Field(4, ge=2, le=20, description="Number of folds (count).")
     block_m: float | Literal["auto"] = Field(
-        1280,
+        1280.0,
         description="Width and height of a spatial block; `auto`: from the range over which what "
         "a simple model gets wrong is correlated (metres).",
     )

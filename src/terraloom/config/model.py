@@ -48,8 +48,16 @@ class Search(Section):
     """Search for a better setting; it sees training folds only."""
 
     trials: int = Field(20, ge=1, le=10_000, description="Settings that are tried (count).")
-    minutes: float = Field(60, gt=0, description="Time after which no trial is started (minutes).")
-    fold: int = Field(0, ge=0, description="Fold that is held out while searching (number).")
+    minutes: float = Field(
+        60, gt=0,
+        description="Computing time of each fold's search, all jobs together, after which no "
+        "trial is started (minutes).",
+    )  # fmt: skip
+    folds: int = Field(
+        1, ge=1,
+        description="Training folds on which a setting is scored; from 2 on poor settings end "
+        "early (count).",
+    )  # fmt: skip
 
 
 class Model(Section):
@@ -63,6 +71,11 @@ class Model(Section):
             "Over time: `utae` (windows), `ltae`, `tempcnn`, `gru` (single pixels), `presto` "
             "(pre-trained, single pixels).",
         )
+    )
+    preset: Literal["none", "auto"] = Field(
+        "none",
+        description="`auto`: network, width, batch, epochs and sampling follow from the labels by "
+        "rules of thumb, where they are not given here.",
     )
     weights: str | None = Field(
         None, description="Pre-trained weights for `presto`; path from the project folder."
@@ -97,9 +110,9 @@ class Model(Section):
         "training ends; 0: never (count).",
     )  # fmt: skip
     sampling: Literal["class", "area"] = Field(
-        "class",
-        description="Training windows are drawn around classes by their frequency, or evenly over "
-        "the labelled area.",
+        "area",
+        description="Training windows are drawn evenly over the labelled area, or around each "
+        "class as often as around any other.",
     )
     balance: Literal["equal", "uncertainty", "famo", "pcgrad", "upgrad"] = Field(
         "equal",
@@ -131,7 +144,9 @@ class Model(Section):
         True, description="Also fit a per-pixel random forest on the same folds (yes/no)."
     )
     search: Search | None = Field(
-        None, description="With it, width, depth, learning rate, epochs and balance are searched."
+        None,
+        description="With it, width, depth, learning rate, epochs, batch and class balance are "
+        "searched for each held-out fold, inside its training folds.",
     )
 
     @model_validator(mode="after")

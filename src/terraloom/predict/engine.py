@@ -6,6 +6,7 @@ the result of a pixel does not depend on tile size, job size or order: there is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from terraloom.errors import ModelError
 from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import digest_json, read_json, read_store, sha256, write_json, write_store
 from terraloom.log import get_logger, progress
-from terraloom.models.fusion import FusionNet
+from terraloom.models.mapnet import MapNet
+from terraloom.models.registry import card_path, check_contract, load_member
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.reasons import INVALID
 from terraloom.state import code_digest
-from terraloom.train.ensemble import sharpen
-from terraloom.train.fit import load_member
+from terraloom.train.ensemble import Calibration, calibrated
+from terraloom.train.run import task_specs
 from terraloom.uncertainty.decompose import (
     ENTROPY_NODATA,
     decompose_entropy,
@@ -42,7 +44,7 @@ __all__ = ["PROBABILITY_STEPS", "Ensemble", "predict_batch", "predict_tile"]
 PROBABILITY_STEPS = 200
 PROBABILITY_NODATA = 255
 REGRESSION_NODATA = -9999.0
-#: Rows of a tile whose probabilities are sharpened at once.
+#: Rows of a tile whose probabilities are calibrated at once.
 _STRIP_ROWS = 8
 
 MODEL = Path("results/model")
@@ -58,12 +60,12 @@ class Ensemble:
 
     Attributes:
         members: Networks in evaluation mode.
-        temperature: Temperature of the class probabilities, found on held-out folds.
+        calibrations: Per segmentation task, found on held-out folds.
         digest: Digest of weights and calibration.
     """
 
-    members: tuple[FusionNet, ...]
-    temperature: float
+    members: tuple[MapNet, ...]
+    calibrations: Mapping[str, Calibration]
     digest: str
 
     @classmethod
@@ -71,22 +73,29 @@ class Ensemble:
         """Read all members below a model folder.
 
         Raises:
-            ModelError: No member is there, or members differ in halo or channels.
+            ModelError: No member is there, members differ in channels, or a task has no
+                calibration.
         """
         files = sorted(folder.glob("fold-*/member-*.safetensors"))
         if not files:
             raise ModelError("no member is there", where=str(folder), fix="run target `model`")
         members = tuple(load_member(f)[0] for f in files)
-        if len({(m.halo_px(), str(m.spec.channels)) for m in members}) > 1:
+        if len({str(m.spec.channels) for m in members}) > 1:
             raise ModelError("members of different kinds", where=str(folder), fix="train again")
-        calibration = read_json(folder / "calibration.json")
-        digest = digest_json([calibration, [sha256(f) for f in files]])
-        return cls(members, float(calibration["temperature"]), digest)
+        record = read_json(folder / "calibration.json")
+        digest = digest_json([record, [sha256(f) for f in files]])
+        found = {k: Calibration.from_record(v) for k, v in record.get("tasks", {}).items()}
+        maps = {t.name for t in members[0].spec.tasks if t.kind == "segmentation"}
+        if maps - set(found):
+            raise ModelError(f"no calibration of {', '.join(sorted(maps - set(found)))}",
+                             where=str(folder), fix="run target `model` again")  # fmt: skip
+        return cls(members, found, digest)
 
     @property
     def halo_px(self) -> int:
         """Pixels to read around a tile."""
-        return self.members[0].halo_px()
+        stride = math.lcm(*(m.stride_px for m in self.members))
+        return math.ceil(max(m.halo_px() for m in self.members) / stride) * stride
 
     def predict(self, inputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
         """Members' predictions of one window: per task (M, c, h, w) float32."""
@@ -101,6 +110,10 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
     torch.use_deterministic_algorithms(True)
     ensemble = Ensemble.load()
     reader = CubeReader(CUBES, grid)
+    for file in sorted(MODEL.glob("fold-*/member-*.safetensors")):
+        check_contract(
+            read_json(card_path(file)), reader.channels, task_specs(campaign), where=str(file)
+        )
     tiles = grid.batches(campaign.grid.tiles_per_job)[batch]
     code = code_digest("predict.engine")
     cubes = {
@@ -174,7 +187,7 @@ def predict_tile(
     for task in campaign.tasks:
         values = raw[task.name]
         if task.kind is TaskKind.SEGMENTATION:
-            data.update(_classes(values, ensemble.temperature, valid))
+            data.update(_classes(values, ensemble.calibrations[task.name], valid))
         elif task.kind is TaskKind.REGRESSION:
             data[task.name] = (("part", "y", "x"), _regression(values, valid, task.range))
         else:
@@ -183,13 +196,13 @@ def predict_tile(
 
 
 def _classes(
-    members: npt.NDArray[np.float32], temperature: float, valid: npt.NDArray[np.bool_]
+    members: npt.NDArray[np.float32], calibration: Calibration, valid: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     sharp = np.empty(members.shape, np.float32)
-    # Sharpening works in float64: strips stay in cache, copies of the whole ensemble would not.
+    # Calibration works in float64: strips stay in cache, copies of the whole ensemble would not.
     for row in range(0, members.shape[2], _STRIP_ROWS):
         strip = slice(row, row + _STRIP_ROWS)
-        sharp[:, :, strip] = sharpen(members[:, :, strip], temperature)
+        sharp[:, :, strip] = calibrated(members[:, :, strip], calibration, axis=1)
     parts = decompose_entropy(sharp)
     k = members.shape[1]
     index = parts.mean.argmax(axis=0).astype(np.uint8)

@@ -90,8 +90,34 @@ def label_tasks(raw: Any) -> tuple[list[LabelTask], list[Table]]:
             }
         folds = rest.get("folds")
         if isinstance(folds, Mapping):
-            rest["folds"] = {k: v for k, v in folds.items() if k != "fold_of_block"}
+            rest["folds"] = _folds(folds)
+        audit = rest.get("audit")
+        if isinstance(audit, Mapping) and "per_fold" in audit:
+            per_fold = _per_fold(audit["per_fold"])
+            rest["audit"] = {
+                k: v for k, v in audit.items() if k not in ("per_fold", "labels_per_fold")
+            }
+            parts = (tabulate(v, label(k)) for k, v in rest.items())
+            return tasks, [*per_fold, *(t for tables in parts for t in tables)]
     return tasks, tabulate(rest)
+
+
+def _folds(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fold map without what only programs read: the fold of each block, lists of distances."""
+    shown = {k: v for k, v in raw.items() if k != "fold_of_block" and v is not None}
+    if isinstance(fitted := shown.pop("variogram", None), Mapping):
+        shown |= {f"variogram_{k}": fitted[k] for k in ("model", "nugget", "sill") if k in fitted}
+    return shown
+
+
+def _per_fold(raw: Any) -> list[Table]:
+    """A row per fold: labels, classes, and distances to the labels of the other folds."""
+    if not isinstance(raw, list) or not all(isinstance(r, Mapping) for r in raw):
+        return []
+    columns = ["Fold", "Labels", "Classes", "Nearest label of another fold (m)", "Median (m)"]
+    keys = ("labels", "classes", "nearest_m", "median_m")
+    rows = [[str(r.get("fold", "")), *(whole(r.get(k)) for k in keys)] for r in raw]
+    return [Table("Labels in folds", columns, rows)] if rows else []
 
 
 def _reports(raw: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
