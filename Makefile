@@ -77,6 +77,11 @@ bench: $(READY)
 	python benchmarks/alignment.py
 	python benchmarks/cube.py
 	python benchmarks/networks.py
+	python benchmarks/loader.py
+	python benchmarks/noise.py
+	python benchmarks/series.py
+	python benchmarks/real.py points
+	python benchmarks/real.py polygons
 
 clean:
 	rm -rf work logs .snakemake benchmarks/*.tsv benchmarks/*/

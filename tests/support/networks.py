@@ -24,7 +24,9 @@ def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) ->
     channels = {g: tuple(found[g]) for g in sorted(found)}  # a store keeps no order
     legend = read_legend(str(campaign.land_cover.classes))
     tasks = tuple(
-        TaskSpec(t.name, t.kind.value, legend.names if t.kind is TaskKind.SEGMENTATION else ())
+        TaskSpec(
+            t.name, t.kind.value, legend.names if t.kind is TaskKind.SEGMENTATION else (), t.unit
+        )
         for t in campaign.tasks
     )
     spec = FusionSpec(channels, tasks, width=8)

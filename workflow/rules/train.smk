@@ -104,9 +104,6 @@ if building("model"):
             runtime=minutes(60),
         params:
             config=keys(
-                "name",
-                "title",
-                "sources",
                 "chips",
                 "cube.periods",
                 "tasks",

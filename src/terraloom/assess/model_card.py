@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from terraloom.config.campaign import Campaign
 from terraloom.io import read_json, write_text
 from terraloom.train.run import CHIPS, MODEL, member_files
@@ -24,11 +26,11 @@ def write_model_card(campaign: Campaign) -> None:
     held = read_json(MODEL / "held_out.json")
     member = read_json(member_files(0)[0].with_suffix(".json"))
     parts = [
-        f"# Model of campaign {campaign.name}: {campaign.title}\n",
+        "# Model card\n",
         _what(campaign, member),
         _data(campaign, labels, chips),
         _scores(campaign, held, labels),
-        _limits(campaign, held, chips),
+        _limits(held, chips),
     ]
     write_text(CARD, "\n".join(parts))
 
@@ -75,16 +77,20 @@ def _data(campaign: Campaign, labels: Mapping[str, Any], chips: Mapping[str, Any
     )
 
 
-def _scores(campaign: Campaign, held: Mapping[str, Any], labels: Mapping[str, Any]) -> str:
-    def interval(v: Mapping[str, float]) -> str:
-        return f"{v['value']:.3f} ({v['low']:.3f} to {v['high']:.3f})"
+def _interval(v: Mapping[str, float] | None) -> str:
+    if v is None or v["value"] is None or not np.isfinite(v["value"]):
+        return "undefined"
+    return f"{v['value']:.3f} ({v['low']:.3f} to {v['high']:.3f})"
 
-    rows = [[c["name"], f"{c['pixels']:,}", *(interval(c[k]) for k in ("precision", "recall",
+
+def _scores(campaign: Campaign, held: Mapping[str, Any], labels: Mapping[str, Any]) -> str:
+    rows = [[c["name"], f"{c['pixels']:,}", *(_interval(c[k]) for k in ("precision", "recall",
              "f1"))] for c in held["per_class"]]  # fmt: skip
     overall = held["overall"]
     text = (
         "## How good it is on labels it has not seen\n\n"
-        f"Overall accuracy {interval(overall['oa'])}, macro-F1 {interval(overall['macro_f1'])} on "
+        f"Overall accuracy {_interval(overall['oa'])}, "
+        f"macro-F1 {_interval(overall['macro_f1'])} on "
         f"{held['n_pixels']:,} pixels of {held['n_blocks']} held-out blocks (95 % intervals over "
         f"blocks). Calibration error {held['ece_before']:.3f} before, {held['ece_after']:.3f} "
         "after calibration.\n\n" + _table(["class", "pixels", "precision", "recall", "F1"], rows)
@@ -102,7 +108,7 @@ def _scores(campaign: Campaign, held: Mapping[str, Any], labels: Mapping[str, An
     return text
 
 
-def _limits(campaign: Campaign, held: Mapping[str, Any], chips: Mapping[str, Any]) -> str:
+def _limits(held: Mapping[str, Any], chips: Mapping[str, Any]) -> str:
     lines = [
         "The scores above are those of held-out labels, which are no probability sample: they are "
         "not the accuracy of the map. That, and areas with intervals, come from `sample`.",
@@ -114,10 +120,10 @@ def _limits(campaign: Campaign, held: Mapping[str, Any], chips: Mapping[str, Any
             f"{held['label_noise_pct']:.1f} % of the labels are contradicted by held-out "
             "predictions; they are listed in `suspects.gpkg` for review."
         )
-    few = [c["name"] for c in held["per_class"] if c["f1"]["value"] < 0.5]
+    few = [c["name"] for c in held["per_class"] if c["f1"] and (c["f1"]["value"] or 0) < 0.5]
     if few:
         lines.append(f"Classes with F1 below .5, not to be relied on: {', '.join(few)}.")
     if chips["classes_in_one_fold"]:
         lines.append(f"Seen in one fold only: {', '.join(chips['classes_in_one_fold'])}.")
-    aim = f"Intended use: the map of {campaign.name} for the periods named above, and its update."
+    aim = "Intended use: the map of this area for the periods named above, and its update."
     return "## Limits\n\n" + f"{aim}\n\n" + "".join(f"- {line}\n" for line in lines)
