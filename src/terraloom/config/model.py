@@ -32,12 +32,20 @@ class Augment(Section):
         0, ge=0, le=1,
         description="Share of windows that lose pixels under cloud shapes and their shadows (0-1).",
     )  # fmt: skip
-    drop_band: float = Field(0.01, ge=0, le=0.9, description="Share of bands dropped (0-1).")
+    drop_band: float = Field(
+        0.01,
+        ge=0,
+        le=0.9,
+        description="Share of features dropped: a band or index of a period (0-1).",
+    )
     drop_date: float = Field(
         0, ge=0, le=0.9, description="Share of periods or dates dropped (0-1)."
     )
     drop_sensor: float = Field(
-        0.02, ge=0, le=0.9, description="Share of sensors dropped; one stays (0-1)."
+        0.02,
+        ge=0,
+        le=0.9,
+        description="Share of groups dropped: a sensor's bands of one pixel size; one stays (0-1).",
     )
     shift_px: float = Field(
         0, ge=0, le=3, description="Largest shift of a sensor against the labels (10 m pixels)."

@@ -109,7 +109,7 @@ def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
         draw_power={"area": 1.0, "class": 0.0}[m.sampling],
         # Networks of single pixels gain nothing from neighbours, and cost more per pixel.
         crop_px=24 if single else FitSettings.crop_px,
-        augmentation=Augmentation(**m.augment.model_dump(), whole=True),
+        augmentation=Augmentation(**m.augment.model_dump()),
     )  # fmt: skip
 
 
