@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.ensemble import RandomForestClassifier
 
 from terraloom.labels.knndm import group_folds
 from terraloom.labels.leakage import degree_blocks
 from terraloom.models.heads import TaskSpec
 from terraloom.models.temporal import SeriesNet, SeriesSpec
-from terraloom.train.fit import HeldOut
+from terraloom.train.baseline import out_of_fold
+from terraloom.train.held_out import HeldOut
 from terraloom.train.score_series import scores_of
 from terraloom.train.series import SeriesSettings, cross_validate
 from terraloom.train.series_table import SeriesTable
@@ -71,13 +71,11 @@ def read(folder: Path, case: str, deal: int) -> SeriesTable:
 def forest(table: SeriesTable) -> HeldOut:
     """Out-of-fold probabilities of random forests on the same folds, one member per seed."""
     x = np.nan_to_num(table.x.reshape(len(table.y), -1), nan=-9999.0)
-    p = np.zeros((len(SEEDS), len(table.y), len(table.classes)), np.float32)
-    for m, seed in enumerate(SEEDS):
-        for fold in np.unique(table.fold):
-            own = table.fold == fold
-            trees = RandomForestClassifier(TREES, random_state=seed, n_jobs=PROCESSES)
-            trees.fit(x[~own], table.y[~own])
-            p[m][np.ix_(own, trees.classes_)] = trees.predict_proba(x[own])
+    p = np.stack([
+        out_of_fold(x, table.y, table.fold, len(table.classes), seed=seed, trees=TREES,
+                    jobs=PROCESSES)
+        for seed in SEEDS
+    ])  # fmt: skip
     return HeldOut(np.arange(len(table.y)), table.fold.astype(np.uint8), table.y, p)
 
 

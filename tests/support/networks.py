@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
@@ -14,8 +16,10 @@ from terraloom.io import write_json
 from terraloom.legend import read_legend
 from terraloom.models.fusion import FusionSpec, Normalisation, index_pairs
 from terraloom.models.heads import TaskSpec
+from terraloom.models.mapnet import MapNet
 from terraloom.models.registry import build, save_member
 from terraloom.predict.reader import CubeReader
+from terraloom.preprocess.groups import group_factor
 
 
 def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) -> None:
@@ -49,3 +53,26 @@ def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) ->
                     normalisation)  # fmt: skip
     calibration = {"method": "temperature", "temperature": 1.3}
     write_json("results/model/calibration.json", {"tasks": {campaign.land_cover.name: calibration}})
+
+
+def check_reach(net: MapNet, scene: Callable[[int, int, int], dict[str, Tensor]]) -> None:
+    """The receptive field is the reach of the gradient, and the halo the next whole stride.
+
+    Args:
+        net: A network in which no path from input to output cancels.
+        scene: Height, width and number of windows to inputs.
+    """
+    rf, s, halo = net.receptive_field_px(), net.stride_px, net.halo_px()
+    # One window per position within a stride; narrow windows suffice, as rows are measured.
+    x = {k: v.double().requires_grad_() for k, v in scene(2 * halo + 2 * s, s, s).items()}
+    at = halo + torch.arange(s)
+    net.double()(x)["cover"][torch.arange(s), 0, at, 0].sum().backward()
+    reach = 0
+    for name, values in x.items():
+        f, grad = group_factor(name), values.grad
+        assert grad is not None
+        for n, row in enumerate(at.tolist()):
+            seen = torch.nonzero(grad[n].abs().sum((0, 2)))[:, 0]
+            reach = max(reach, row - int(seen.min()) * f, int(seen.max()) * f + f - 1 - row)
+    assert reach == rf
+    assert rf <= halo < rf + s

@@ -64,9 +64,7 @@ ALL = {
     "gain": replace(OFF, gain=0.3),
     "bias": replace(OFF, bias=0.3),
     "drop_band": replace(OFF, drop_band=0.4),
-    "whole bands": replace(OFF, drop_band=0.3, whole=True),
     "drop_sensor": replace(OFF, drop_sensor=0.5),
-    "whole sensors": replace(OFF, drop_sensor=0.5, whole=True),
     "drop_date": replace(OFF, drop_date=0.4),
     "noise": replace(OFF, noise=0.3),
     "haze": replace(OFF, haze=1),
@@ -140,32 +138,6 @@ def test_noise_has_its_size_and_spares_missing_values() -> None:
         added = after[g][0] - before[g][0]
         assert (added[before[g][0] == 0] == 0).all()
         assert float(added[before[g][0] != 0].std()) == pytest.approx(0.3, rel=0.05)
-
-
-def test_a_band_goes_with_all_that_uses_it() -> None:
-    before, after = changed(ALL["whole bands"], holes=False)
-    names = NET.spec.channels["s2_10"]
-    values, mask = after["s2_10"]
-    gone = (values == 0).all((2, 3))  # (n, c)
-    assert gone.any() and not gone.all()
-    for i in range(N):
-        lost = {names[k].split("/")[1] for k in range(len(names)) if gone[i, k]}
-        for k, name in enumerate(names):
-            assert bool(gone[i, k]) == (name.split("/")[1] in lost), "in all periods"
-        for j, pair in enumerate(NET.spec.pairs("s2_10"), start=len(names)):
-            assert bool(gone[i, j]) == any(bool(gone[i, k]) for k in pair)
-        want = 1 - float(gone[i, : len(names)].float().mean())
-        assert mask[i].flatten().tolist() == pytest.approx([want] * SIZE**2, abs=1e-6)
-        kept = ~gone[i]
-        assert torch.equal(values[i][kept], before["s2_10"][0][i][kept])
-
-
-def test_a_sensor_goes_with_all_its_pixel_sizes() -> None:
-    _, after = changed(replace(OFF, drop_sensor=0.6, whole=True))
-    there = {g: (after[g][1] > 0).any((1, 2, 3)) for g in after}
-    assert torch.equal(there["s2_10"], there["s2_20"])
-    assert torch.stack(list(there.values())).any(0).all(), "one sensor stays"
-    assert not torch.stack(list(there.values())).all()
 
 
 def test_a_date_goes_from_all_sensors() -> None:
@@ -295,7 +267,7 @@ def test_all_together_on_a_single_date_without_roles() -> None:
                       (TaskSpec("c", "segmentation", ("a", "b")),), width=4, depth=2)  # fmt: skip
     net = FusionNet(spec)
     x = net.prepare({"x_10": torch.rand((2, 2, 48, 48)), "y_30": torch.rand((2, 1, 16, 16))})
-    every = Augmentation(0.1, 0.1, 0.1, 0.1, 0.5, 0.1, 1, 1, 1, whole=True)
+    every = Augmentation(0.1, 0.1, 0.1, 0.1, 0.5, 0.1, 1, 1, 1)
     Augmenter(net, every)(x, torch.Generator().manual_seed(0))
     assert all(torch.isfinite(v).all() for v in x.values())
 

@@ -14,7 +14,6 @@ from terraloom.errors import LabelError, ModelError
 from terraloom.labels.corrupt import flip, noise_rate
 from terraloom.models.class_losses import (
     SegmentationLoss,
-    co_teaching_loss,
     keep_rate,
     labelled_pixels,
     pixel_loss,
@@ -304,18 +303,6 @@ def test_a_class_that_is_hard_is_not_left_out() -> None:
         z.grad = None
         segmentation_loss(z, y, settings=SegmentationLoss(per_class=per_class), keep=0.5).backward()
         assert bool((z.grad[8:] != 0).any()) == per_class
-
-
-def test_co_teaching_lets_each_network_choose_for_the_other() -> None:
-    sure, wrong = [4.0, 0.0], [0.0, 4.0]
-    a = torch.tensor([sure, wrong], dtype=torch.float64, requires_grad=True)
-    b = torch.tensor([wrong, sure], dtype=torch.float64, requires_grad=True)
-    y = torch.zeros(2, dtype=torch.uint8)
-    first, second = co_teaching_loss((a, b), y, keep=0.5)
-    (first + second).backward()
-    # a finds pixel 0 easy, so b learns from it; a learns from pixel 1, which b finds easy.
-    assert (a.grad != 0).any(1).tolist() == [False, True]
-    assert (b.grad != 0).any(1).tolist() == [True, False]
 
 
 def blobs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

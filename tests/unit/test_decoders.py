@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.networks import check_reach
 from terraloom.errors import ModelError
 from terraloom.models.decoders import DECODERS
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
@@ -70,20 +71,7 @@ def test_receptive_field_equals_reach_of_gradient(
     for name, p in net.named_parameters():
         # Positive weights: no path from input to output can cancel or be cut by a ReLU.
         p.data.fill_(0.05 if p.ndim > 1 else (1.0 if name.endswith("weight") else 0.1))
-    rf, s, halo = net.receptive_field_px(), net.stride_px, net.halo_px()
-    x = {k: v.double().requires_grad_()
-         for k, v in scene(2 * halo + 2 * s, s, n=s, channels=channels).items()}  # fmt: skip
-    at = halo + torch.arange(s)
-    net.double()(x)["cover"][torch.arange(s), 0, at, 0].sum().backward()
-    reach = 0
-    for name, values in x.items():
-        f, grad = group_factor(name), values.grad
-        assert grad is not None
-        for n, row in enumerate(at.tolist()):
-            seen = torch.nonzero(grad[n].abs().sum((0, 2)))[:, 0]
-            reach = max(reach, row - int(seen.min()) * f, int(seen.max()) * f + f - 1 - row)
-    assert reach == rf
-    assert rf <= halo < rf + s
+    check_reach(net, lambda h, w, n: scene(h, w, n=n, channels=channels))
 
 
 @pytest.mark.parametrize("decoder", NAMES)

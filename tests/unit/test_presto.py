@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from terraloom.errors import ModelError
 from terraloom.models.heads import TaskSpec
-from terraloom.models.lora import LoraLinear, add_lora, merge_lora
+from terraloom.models.lora import add_lora
 from terraloom.models.presto import (
     GROUPS,
     PRESTO_BANDS,
@@ -193,7 +193,7 @@ def output(net: SeriesNet) -> Tensor:
     return net(torch.from_numpy(table.x), torch.from_numpy(table.days))["class"]
 
 
-def test_lora_starts_as_the_frozen_network_and_merges_into_a_plain_one() -> None:
+def test_lora_starts_as_the_frozen_network_and_trains_only_its_additions() -> None:
     frozen, lora = network(adapt="frozen"), network(adapt="lora", rank=4, alpha=8.0)
     missing = lora.load_state_dict(frozen.state_dict(), strict=False)
     assert missing.missing_keys and all(".lora_" in k for k in missing.missing_keys)
@@ -209,12 +209,7 @@ def test_lora_starts_as_the_frozen_network_and_merges_into_a_plain_one() -> None
         for k, p in lora.named_parameters():
             if k.endswith("lora_b"):
                 p.normal_(0, 0.1)
-    changed = output(lora)
-    assert (changed - output(frozen)).abs().max() > 1e-3
-    assert merge_lora(lora) == 8
-    assert not any(isinstance(m, LoraLinear) for m in lora.modules())
-    assert set(lora.state_dict()) == set(frozen.state_dict())
-    assert torch.allclose(output(lora), changed, atol=2e-5)
+    assert (output(lora) - output(frozen)).abs().max() > 1e-3
 
 
 def test_lora_is_small_and_says_what_it_cannot_do() -> None:

@@ -14,7 +14,7 @@ from terraloom.errors import ModelError
 from terraloom.models.fusion import Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.interpolation import interpolate
-from terraloom.models.temporal import ENCODERS, SeriesNet, SeriesSpec, pad_series
+from terraloom.models.temporal import ENCODERS, SeriesNet, SeriesSpec
 
 BANDS = ("nir", "nir08", "ndvi")
 TASKS = (TaskSpec("crop", "segmentation", ("a", "b", "c", "d")),
@@ -119,9 +119,10 @@ def test_a_series_does_not_depend_on_its_batch(encoder: str) -> None:
     net = network(encoder)
     x, days = series()
     lengths = (11, 4, 1, 7, 2, 9)
-    joined = pad_series([x[i, :k] for i, k in enumerate(lengths)],
-                        [days[i, :k] for i, k in enumerate(lengths)])  # fmt: skip
-    both = alone(net, *map(torch.from_numpy, joined))
+    padded = torch.arange(11) >= torch.tensor(lengths)[:, None]
+    both = alone(
+        net, x.masked_fill(padded[..., None], math.nan), days.masked_fill(padded, math.nan)
+    )
     for i, k in enumerate(lengths):
         one = alone(net, x[i : i + 1, :k], days[i : i + 1, :k])
         assert apart(one, {t: v[i : i + 1] for t, v in both.items()}) < 1e-6
@@ -270,7 +271,3 @@ def test_inputs_that_do_not_fit() -> None:
         net.train().predict(x, days)
     with pytest.raises(ModelError, match="sd above 0"):
         SeriesNet(net.spec, Normalisation((0.0,) * 3, (1.0, 0.0, 1.0)))
-    with pytest.raises(ModelError, match="series 1"):
-        pad_series([np.zeros((3, 2)), np.zeros((3, 1))], [np.zeros(3), np.zeros(3)])
-    with pytest.raises(ModelError, match="one series or more"):
-        pad_series([], [])

@@ -133,8 +133,17 @@ class Loss(Section):
     )
 
 
-_ROBUST = {"ce", "gce", "sce", "forward", "soft_bootstrap", "hard_bootstrap", "focal", "ordinal"}
-_VALUES = {"gaussian", "huber", "quantile"}
+_CLASS_LOSSES = {
+    "ce",
+    "gce",
+    "sce",
+    "forward",
+    "soft_bootstrap",
+    "hard_bootstrap",
+    "focal",
+    "ordinal",
+}
+_VALUE_LOSSES = {"gaussian", "huber", "quantile"}
 
 
 class Task(Section):
@@ -169,9 +178,9 @@ class Task(Section):
             self.labels.policy == "fractions" or self.labels.clean != "none"
         ):
             raise ValueError("`labels.policy: fractions` and `labels.clean` need classes")
-        if self.loss.name in _ROBUST and self.kind is not TaskKind.SEGMENTATION:
+        if self.loss.name in _CLASS_LOSSES and self.kind is not TaskKind.SEGMENTATION:
             raise ValueError(f"`loss.name: {self.loss.name}` needs classes")
-        if self.loss.name in _VALUES and self.kind is not TaskKind.REGRESSION:
+        if self.loss.name in _VALUE_LOSSES and self.kind is not TaskKind.REGRESSION:
             raise ValueError(f"`loss.name: {self.loss.name}` needs kind `regression`")
         return self
 

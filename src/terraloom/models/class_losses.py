@@ -35,7 +35,6 @@ from terraloom.legend import IGNORE_INDEX
 __all__ = [
     "LossName",
     "SegmentationLoss",
-    "co_teaching_loss",
     "keep_rate",
     "labelled_pixels",
     "pixel_loss",
@@ -299,7 +298,6 @@ def segmentation_loss(
     soft: Tensor | None = None,
     transition: npt.ArrayLike | None = None,
     keep: float = 1.0,
-    chosen_by: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean over the labelled pixels of the loss that ``settings`` name.
 
@@ -314,7 +312,6 @@ def segmentation_loss(
         transition: (K, K) for ``forward``; row = true class, column = label.
         keep: Share of labelled pixels to learn from, the ones with the smallest loss (before
             weights and smoothing); see :meth:`SegmentationLoss.keep`.
-        chosen_by: Logits of another network, whose losses choose the pixels (co-teaching).
 
     Returns:
         Scalar; 0 without a labelled pixel.
@@ -333,11 +330,7 @@ def segmentation_loss(
     logp = F.log_softmax(z, 1)
     loss = pixel_loss(logp, target, s, transition)
     if keep < 1:
-        judge = loss
-        if chosen_by is not None:
-            other = labelled_pixels(chosen_by.detach(), y, pixel_weights=pixel_weights)[0]
-            judge = pixel_loss(F.log_softmax(other, 1), target, s, transition)
-        w = w * select_small(judge, keep, label if s.per_class else None)
+        w = w * select_small(loss, keep, label if s.per_class else None)
     if s.smoothing > 0:
         loss = (1 - s.smoothing) * loss - s.smoothing * logp.mean(1)
     total = (loss * w).sum() / w.sum().clamp_min(_LEAST)
@@ -359,29 +352,3 @@ def _soft_dice(p: Tensor, target: Tensor, w: Tensor) -> Tensor:
     if not bool(present.any()):
         return p.sum() * 0.0
     return 1 - (2 * both[present] / total[present].clamp_min(_LEAST)).mean()
-
-
-def co_teaching_loss(
-    logits: tuple[Tensor, Tensor],
-    y: Tensor,
-    keep: float,
-    *,
-    settings: SegmentationLoss | None = None,
-    weights: Tensor | None = None,
-    pixel_weights: Tensor | None = None,
-    transition: npt.ArrayLike | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses of two networks, each over the pixels that the other one finds easy.
-
-    Errors that one network has learned are so not confirmed by itself. Arguments as in
-    :func:`segmentation_loss`.
-    """
-    a, b = logits
-    first, second = (
-        segmentation_loss(
-            mine, y, settings=settings, weights=weights, pixel_weights=pixel_weights,
-            transition=transition, keep=keep, chosen_by=other,
-        )
-        for mine, other in ((a, b), (b, a))
-    )  # fmt: skip
-    return first, second

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from terraloom.errors import ConfigError, ModelError
 from terraloom.models.decoders import DECODERS, ConvBlock, Span, union, wider
-from terraloom.models.heads import TaskSpec, make_head
+from terraloom.models.heads import TaskSpec, check_fields, make_head
 from terraloom.models.mapnet import EPS, MapNet
 from terraloom.preprocess.groups import group_factor, group_facts
 
@@ -124,12 +124,7 @@ class FusionSpec:
         Raises:
             ModelError: The card has a field that this version does not know.
         """
-        unknown = sorted(set(card) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ModelError(
-                f"unknown settings {', '.join(unknown)}", where="spec of a member's card",
-                fix="use the version of Terraloom that wrote it, or train again",
-            )  # fmt: skip
+        check_fields(cls, card, "spec of a member's card")
         values = {"reduce_to": 0, **card}
         values["channels"] = {g: tuple(c) for g, c in values["channels"].items()}
         values["tasks"] = tuple(TaskSpec.from_json(t) for t in values["tasks"])

@@ -24,6 +24,7 @@ __all__ = [
     "QUANTILES",
     "Head",
     "TaskSpec",
+    "check_fields",
     "make_head",
     "quantiles_of",
 ]
@@ -43,6 +44,20 @@ QUANTILES = (0.05, 0.5, 0.95)
 _SPAN_SD = 3.2897072539029444
 #: Clamp of the predicted log variance (standardised target): sd between .018 and 20.
 LOG_VAR_RANGE = (-8.0, 6.0)
+
+
+def check_fields(spec: type[Any], card: Mapping[str, Any], where: str) -> None:
+    """Refuse a card with a field that a spec does not know: a later version has written it.
+
+    Raises:
+        ModelError: Names the fields.
+    """
+    unknown = sorted(set(card) - {f.name for f in fields(spec)})
+    if unknown:
+        raise ModelError(
+            f"unknown settings {', '.join(unknown)}", where=where,
+            fix="use the version of Terraloom that wrote it, or train again",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,12 +134,7 @@ class TaskSpec:
         Raises:
             ModelError: The card has a field that this version does not know.
         """
-        unknown = sorted(set(card) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ModelError(
-                f"unknown settings {', '.join(unknown)}", where="task of a member's card",
-                fix="use the version of Terraloom that wrote it, or train again",
-            )  # fmt: skip
+        check_fields(cls, card, "task of a member's card")
         return cls(**{**card, "classes": tuple(card["classes"])})
 
     def standardise(self, y: Tensor) -> Tensor:

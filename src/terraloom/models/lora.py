@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from terraloom.errors import ModelError
 
-__all__ = ["LoraLinear", "add_lora", "merge_lora"]
+__all__ = ["LoraLinear", "add_lora"]
 
 
 class LoraLinear(nn.Linear):
@@ -42,14 +41,6 @@ class LoraLinear(nn.Linear):
         """(..., in) to (..., out)."""
         low = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return F.linear(x, self.weight, self.bias) + self.scale * low
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A plain layer that computes the same."""
-        out = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        out.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a)
-        out.bias = self.bias
-        return out
 
 
 def add_lora(net: nn.Module, names: Sequence[str], *, rank: int, alpha: float) -> int:
@@ -83,23 +74,4 @@ def add_lora(net: nn.Module, names: Sequence[str], *, rank: int, alpha: float) -
         p.requires_grad_(False)
     for parent, key, child in found:
         setattr(parent, key, LoraLinear(child, rank, alpha))
-    return len(found)
-
-
-def merge_lora(net: nn.Module) -> int:
-    """Turn the adapted layers into plain ones that compute the same.
-
-    Returns:
-        Number of layers merged; the merged weights stay frozen or not as they were.
-    """
-    found = [
-        (parent, key, child)
-        for parent in net.modules()
-        for key, child in parent.named_children()
-        if isinstance(child, LoraLinear)
-    ]
-    for parent, key, child in found:
-        plain = child.merged()
-        plain.weight.requires_grad_(child.weight.requires_grad)
-        setattr(parent, key, plain)
     return len(found)

@@ -21,8 +21,8 @@ value; nothing is guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from terraloom.errors import ModelError
 from terraloom.models.fusion import Normalisation
-from terraloom.models.heads import Head, TaskSpec, make_head
+from terraloom.models.heads import Head, TaskSpec, check_fields, make_head
 from terraloom.models.interpolation import Series, in_order, interpolate
 from terraloom.models.presto import ADAPT, PrestoSeries, load_presto, presto_bands, presto_scaling
 
-__all__ = ["ENCODERS", "SeriesNet", "SeriesSpec", "pad_series"]
+__all__ = ["ENCODERS", "SeriesNet", "SeriesSpec"]
 
 ENCODERS = ("ltae", "tempcnn", "gru", "presto")
 
@@ -126,49 +126,12 @@ class SeriesSpec:
         Raises:
             ModelError: The card has a field that this version does not know.
         """
-        unknown = sorted(set(card) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ModelError(
-                f"unknown settings {', '.join(unknown)}", where="spec of a member's card",
-                fix="use the version of Terraloom that wrote it, or train again",
-            )  # fmt: skip
+        check_fields(cls, card, "spec of a member's card")
         tasks = tuple(TaskSpec.from_json(t) for t in card["tasks"])
         given = {**card, "bands": tuple(card["bands"]), "tasks": tasks}
         if given.get("lat_lon") is not None:
             given["lat_lon"] = tuple(given["lat_lon"])
         return cls(**given)
-
-
-def pad_series(
-    values: Sequence[npt.ArrayLike], days: Sequence[npt.ArrayLike]
-) -> tuple[Floats, Floats]:
-    """Series of different lengths in one array.
-
-    Args:
-        values: N series (T_i, B), NaN = missing.
-        days: N lists (T_i,) of days of year.
-
-    Returns:
-        (N, T, B) and (N, T) float32 with the longest T; padded dates are NaN in both.
-
-    Raises:
-        ModelError: No series, or values and days that differ in length or bands.
-    """
-    xs = [np.asarray(v, dtype=np.float32) for v in values]
-    ts = [np.asarray(d, dtype=np.float32) for d in days]
-    if not xs or len(xs) != len(ts):
-        raise ModelError(f"{len(xs)} series with {len(ts)} lists of days", where="pad_series",
-                         allowed="one list per series, one series or more")  # fmt: skip
-    for i, (v, d) in enumerate(zip(xs, ts, strict=True)):
-        if v.ndim != 2 or v.shape[1] != xs[0].shape[-1] or d.shape != v.shape[:1]:
-            raise ModelError(f"values {v.shape} with days {d.shape}", where=f"series {i}",
-                             allowed=f"(T, {xs[0].shape[-1]}) with (T,)")  # fmt: skip
-    longest = max(len(v) for v in xs)
-    x = np.full((len(xs), longest, xs[0].shape[1]), np.nan, np.float32)
-    t = np.full((len(xs), longest), np.nan, np.float32)
-    for i, (v, d) in enumerate(zip(xs, ts, strict=True)):
-        x[i, : len(v)], t[i, : len(d)] = v, d
-    return x, t
 
 
 class SeriesNet(nn.Module):

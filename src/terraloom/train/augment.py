@@ -41,8 +41,9 @@ class Augmentation:
     Attributes:
         gain: Half-width of a common gain per window and group (ratio).
         bias: Standard deviation of a shift per window and feature (sd).
-        drop_band: Probability that a band is missing from a window.
-        drop_sensor: Probability that a sensor is missing from a window. One is always kept.
+        drop_band: Probability that a feature, a band or index of a period, becomes its mean.
+        drop_sensor: Probability that a group, a sensor's bands of one pixel size, is missing from
+            a window. One is always kept.
         drop_date: Probability that a period is missing from a window. One is always kept.
         noise: Standard deviation of noise of each value (sd).
         haze: Probability that a period of a window lies under haze: a smooth veil, which brightens
@@ -50,9 +51,6 @@ class Augmentation:
         cloud: Probability that clouds hide parts of a period of a window, and darken others.
         shift_px: Largest shift of a sensor against labels and other sensors (10 m pixels).
         flips: Flips and rotations by 90 degrees; made where the windows are cut.
-        whole: A missing band is missing in all periods, with all features computed from it and
-            its share of the mask; a missing sensor with all its pixel sizes. Otherwise features
-            and groups are dropped each by itself.
     """
 
     gain: float = 0.05
@@ -65,7 +63,6 @@ class Augmentation:
     cloud: float = 0.0
     shift_px: float = 0.0
     flips: bool = True
-    whole: bool = False
 
 
 class _Network(Protocol):
@@ -100,7 +97,6 @@ class _Group:
         at: Its features, mask last.
         channels: Number of channels.
         sensor: Number of its sensor.
-        uses: (c, B) bands of all sensors that a feature uses.
         period: (c,) number of a feature's period; -1: it has none.
         haze: (c,) strength of haze.
         optical: (c,) whether clouds hide it.
@@ -110,7 +106,6 @@ class _Group:
     at: slice
     channels: int
     sensor: int
-    uses: Tensor
     period: Tensor
     haze: Tensor
     optical: Tensor
@@ -132,25 +127,23 @@ class Augmenter:
         slices, spec = net.feature_slices(), net.part_spec()
         sensors = list(dict.fromkeys(_sensor(g) for g in slices))
         names = {g: [str(n).rpartition("/") for n in spec.channels[g]] for g in slices}
-        bands = list(dict.fromkeys((_sensor(g), b) for g in slices for _, _, b in names[g]))
         self._periods = list(dict.fromkeys(p for g in slices for p, _, _ in names[g]))
         self._dates = [i for i, p in enumerate(self._periods) if p]
         self._groups: list[_Group] = []
         for g, (f, at) in slices.items():
             c, own = at.stop - 1 - at.start, len(names[g])
             parts = [[i] for i in range(own)] + [list(p) for p in spec.pairs(g)]
-            uses, period = torch.zeros((c, len(bands)), dtype=torch.bool), torch.full((c,), -1)
+            period = torch.full((c,), -1)
             haze, optical = torch.zeros(c), torch.zeros(c, dtype=torch.bool)
             roles = _roles(spec, g)
             for i, of in enumerate(parts[:c]):
                 period[i] = self._periods.index(names[g][of[0]][0])
                 for k in of:
                     band = names[g][k][2]
-                    uses[i, bands.index((_sensor(g), band))] = True
                     haze[i] = max(float(haze[i]), haze_strength(roles.get(band, "")))
                     optical[i] |= band in roles
             self._groups.append(
-                _Group(f, at, own, sensors.index(_sensor(g)), uses, period, haze, optical)
+                _Group(f, at, own, sensors.index(_sensor(g)), period, haze, optical)
             )
         self._sensors = len(sensors)
         self._seen = sorted({
@@ -185,10 +178,6 @@ class Augmenter:
         """Gain, bias, and missing bands and sensors."""
         a, n = self.settings, _count(x)
         lost = _uniform(generator, n, len(self._groups)) < a.drop_sensor
-        if a.whole:
-            first = [next(i for i, g in enumerate(self._groups) if g.sensor == s)
-                     for s in range(self._sensors)]  # fmt: skip
-            lost = lost[:, first]
         lost[lost.all(1)] = False
         for i, g in enumerate(self._groups):
             values, mask = _parts(x, g)
@@ -196,21 +185,10 @@ class Augmenter:
             gain = 1 + a.gain * (2 * _uniform(generator, n, 1, 1, 1) - 1)
             bias = a.bias * torch.randn((n, c, 1, 1), generator=generator)
             kept = (_uniform(generator, n, c, 1, 1) >= a.drop_band).to(values.dtype)
-            here = (~lost[:, g.sensor if a.whole else i]).to(values.dtype)[:, None, None, None]
-            if a.whole:
-                kept = torch.ones_like(kept)
+            here = (~lost[:, i]).to(values.dtype)[:, None, None, None]
             # The bias must not fill invalid pixels: there the value stays the training mean.
             values.mul_(gain).add_(bias * (mask > 0)).mul_(kept * here)
             mask.mul_(here)
-        if a.whole:
-            self._drop_bands(x, generator)
-
-    def _drop_bands(self, x: Mapping[int, Tensor], generator: torch.Generator) -> None:
-        dropped = _uniform(generator, _count(x), self._groups[0].uses.shape[1])
-        gone = dropped < self.settings.drop_band
-        for g in self._groups:
-            features = (gone[:, None] & g.uses[None]).any(2)
-            _remove(x, g, features, features.new_ones((1, 1, 1, 1)))
 
     def _drop_dates(self, x: Mapping[int, Tensor], generator: torch.Generator) -> None:
         n, dates = _count(x), torch.tensor(self._dates)

@@ -25,7 +25,7 @@ from terraloom.train.checkpoint import Checkpoint, Progress
 from terraloom.train.distributed import World, gathered, mean_of, share_gradients, synchronise
 from terraloom.train.sampler import Batch, Prefetch, Sampler
 
-__all__ = ["LoopSettings", "Trained", "choose_device", "train"]
+__all__ = ["LoopSettings", "Trained", "choose_device", "follow", "train"]
 
 log = get_logger(__name__)
 
@@ -232,7 +232,7 @@ def train(
             for name, values in history.items():
                 values.append(each.get(name, math.nan))
             schedule.step()
-            _follow(average, net.state_dict(), min(s.ema, (1 + now.step) / (10 + now.step)))
+            follow(average, net.state_dict(), min(s.ema, (1 + now.step) / (10 + now.step)))
             now.step += 1
             if score is not None and probe is not None:
                 _judge(now, score, probe, per_epoch, steps, s.patience)
@@ -306,7 +306,8 @@ def _diverged(
     )  # fmt: skip
 
 
-def _follow(average: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+def follow(average: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+    """Move an average of weights and statistics towards a state, in place; counts are copied."""
     for k, v in state.items():
         if v.is_floating_point():
             average[k].lerp_(v.detach(), 1 - decay)

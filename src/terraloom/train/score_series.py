@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import accuracy_score, f1_score
 
 from terraloom.errors import FoldError
 from terraloom.io import write_json
+from terraloom.labels.leakage import check_twins
 from terraloom.models.interpolation import interpolate_series
+from terraloom.train.baseline import out_of_fold
 from terraloom.train.held_out import HeldOut
 from terraloom.train.series import SeriesSettings, cross_validate
 from terraloom.train.series_table import SeriesTable, read_series, season_of
@@ -101,13 +102,12 @@ def forest_series(table: SeriesTable, *, seeds: Sequence[int], jobs: int = 1) ->
         torch.from_numpy(table.x), torch.from_numpy(table.days), steps=24, **season_of(table)
     )
     features = np.nan_to_num(x.flatten(1).numpy(), nan=_MISSING)
-    p = np.zeros((len(seeds), len(table.y), len(table.classes)), np.float32)
-    for m, seed in enumerate(seeds):
-        for fold in np.unique(table.fold):
-            own = table.fold == fold
-            trees = RandomForestClassifier(_TREES, random_state=seed, n_jobs=jobs)
-            trees.fit(features[~own], table.y[~own])
-            p[m][np.ix_(own, trees.classes_)] = trees.predict_proba(features[own])
+    each = [
+        out_of_fold(features, table.y, table.fold, len(table.classes), seed=int(seed),
+                    trees=_TREES, jobs=jobs)
+        for seed in seeds
+    ]  # fmt: skip
+    p = np.stack(each)
     return HeldOut(np.arange(len(table.y)), table.fold.astype(np.uint8), table.y, p)
 
 
@@ -171,6 +171,7 @@ def score_series(
             forest_series(replace(table, fold=shuffled), seeds=seeds[:1], jobs=jobs)
         ),
     }
+    twins = [r for r in check_twins(table.x.reshape(len(table.y), -1), table.fold) if not r["ok"]]
     counts = np.bincount(table.y, minlength=len(table.classes))
     card = asdict(settings)
     card["weights"] = Path(weights).name
@@ -183,7 +184,9 @@ def score_series(
         "settings": card,
         "seeds": list(map(int, seeds)),
         "scores": {name: s.record() for name, s in scores.items()},
-        "lines": [f"{name.replace('_', ' ')}: {s.line()}" for name, s in scores.items()],
+        "leakage": twins,
+        "lines": [*(f"{r['check']}: {r['item']}, {r['found']}" for r in twins),
+                  *(f"{name.replace('_', ' ')}: {s.line()}" for name, s in scores.items())],
     }  # fmt: skip
     if out is not None:
         write_json(out, record)

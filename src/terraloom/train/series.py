@@ -28,6 +28,7 @@ from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import SegmentationLoss, class_weights, segmentation_loss
 from terraloom.models.temporal import SeriesNet, SeriesSpec
 from terraloom.train.held_out import HeldOut
+from terraloom.train.loop import follow
 from terraloom.train.series_table import SeriesTable
 
 __all__ = [
@@ -281,7 +282,7 @@ def _train(
             optimiser.step()
             schedule.step()
             at += 1
-            _follow(average, net, min(s.ema, at / (10 + at)))
+            follow(average, net.state_dict(), min(s.ema, at / (10 + at)))
             losses.append(loss.detach())
         history["loss"].append(float(torch.stack(losses).mean()))
         if not math.isfinite(history["loss"][-1]):
@@ -347,14 +348,6 @@ def _stop_loss(
 
 def _copy(net: SeriesNet) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in net.state_dict().items()}
-
-
-def _follow(average: dict[str, Tensor], net: SeriesNet, decay: float) -> None:
-    for k, v in net.state_dict().items():
-        if v.is_floating_point():
-            average[k].lerp_(v.detach(), 1 - decay)
-        else:
-            average[k].copy_(v)
 
 
 def _augment(
