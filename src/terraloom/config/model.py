@@ -153,8 +153,8 @@ class Model(Section):
     )
     search: Search | None = Field(
         None,
-        description="With it, width, depth, learning rate, epochs, batch and class balance are "
-        "searched for each held-out fold, inside its training folds.",
+        description="With it, width, depth, learning rate, epochs, batch, class weights and "
+        "balance are searched for each held-out fold, inside its training folds.",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as collective
 
 from terraloom.errors import ModelError
 
@@ -92,10 +91,31 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous()
+        total = grad.contiguous().clone()
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.rows
         return total[start : start + ctx.rows]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes, whose losses all count; so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _sum(x: Tensor) -> Tensor:
+    out: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _all_gather(x: Tensor) -> Tensor:
@@ -146,7 +166,7 @@ class _SharedNorm(nn.BatchNorm2d):
         z = x.double()
         n = torch.full((1,), x.numel() / x.shape[1], dtype=z.dtype, device=x.device)
         sums = torch.cat([z.sum((0, 2, 3)), (z * z).sum((0, 2, 3)), n])
-        sums = collective.all_reduce(sums)  # type: ignore[no-untyped-call]
+        sums = _sum(sums)
         c, n = x.shape[1], sums[-1]
         mean = sums[:c] / n
         var = (sums[c : 2 * c] / n - mean**2).clamp_min(0)

@@ -189,9 +189,10 @@ def _train(campaign: Campaign, fold: int, member: int, world: World) -> None:
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if world.rank == 0:
-        save_fit(member_file(fold, member), fit, origin=origin, labels=found.record)
-        checkpoint.remove()
+    if world.rank:
+        return  # one of them writes
+    save_fit(member_file(fold, member), fit, origin=origin, labels=found.record)
+    checkpoint.remove()
     first = next(iter(fit.history.values()))
     log.info("fold %d, member %d: %d steps, epoch %d kept", fold, member, len(first), fit.epoch)
 
