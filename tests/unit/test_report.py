@@ -9,14 +9,19 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+from affine import Affine
+from odc.geo.geobox import GeoBox
 from PIL import Image
+from shapely.geometry import MultiPolygon, box
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.fake_results import LEGEND, SCENES, fake_campaign, fake_results
 from terraloom.errors import StateError
+from terraloom.grid import geobox_record
 from terraloom.io import read_json, write_json, write_raster
 from terraloom.legend import Legend
 from terraloom.predict.qgis import class_map_qml, write_class_map_qml
@@ -503,3 +508,16 @@ def test_qgis_style_lists_every_class_and_is_xml(tmp_path: Path):
         ("4", "Wald <Laub>", "#00bb00"),
     ]
     assert class_map_qml(legend) == path.read_text(encoding="utf-8")
+
+
+def test_a_label_of_several_parts_counts_once(tmp_path: Path) -> None:
+    parts = [box(684000 + x, 5333000, 684060 + x, 5333060) for x in (0, 200, 400)]
+    shapes = [MultiPolygon(parts[:2]), parts[2]]
+    path = tmp_path / "chips" / "folds.gpkg"
+    path.parent.mkdir()
+    gpd.GeoDataFrame(
+        {"task": ["cover"] * 2, "fold": [0, 1]}, geometry=shapes, crs="EPSG:32632"
+    ).to_file(path)
+    geobox = GeoBox((96, 96), Affine(10, 0, 684000, 0, -10, 5333960), "EPSG:32632")
+    found = panels.labels(tmp_path, {"geobox": geobox_record(geobox)}, "cover")
+    assert found is not None and [n for _, _, n in found["folds"]["keys"]] == [1, 1]

@@ -247,9 +247,11 @@ def _folds(path: Path, geobox: GeoBox, task: str) -> dict[str, Any] | None:
     if frame.crs is not None and CRS.from_user_input(str(geobox.crs)) != frame.crs:
         frame = frame.to_crs(str(geobox.crs))
     rings: list[tuple[int, npt.NDArray[np.float64]]] = []
+    counts: dict[int, int] = {}
     for geometry, fold in zip(frame.geometry, frame["fold"], strict=True):
         if geometry is None or geometry.is_empty or fold is None or math.isnan(fold):
             continue
+        counts[int(fold)] = counts.get(int(fold), 0) + 1  # a label may have several parts
         for part in getattr(geometry, "geoms", [geometry]):
             outline = part.exterior if part.geom_type == "Polygon" else part.buffer(15).exterior
             rings.append((int(fold), np.asarray(outline.coords)[:, :2]))
@@ -257,5 +259,4 @@ def _folds(path: Path, geobox: GeoBox, task: str) -> dict[str, Any] | None:
         return None
     b = geobox.boundingbox
     picture, colors = figures.folds_chart(rings, (b.left, b.bottom, b.right, b.top))
-    counts = {f: sum(1 for g, _ in rings if g == f) for f in colors}
     return {"picture": picture, "keys": [(f, c, counts[f]) for f, c in colors.items()]}
