@@ -16,7 +16,7 @@ from torch import Tensor
 from terraloom.errors import FoldError
 from terraloom.models.fusion import FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
-from terraloom.models.losses import IGNORE, MultiTaskLoss, SegmentationLoss, class_weights
+from terraloom.models.losses import IGNORE, MultiTaskLoss, class_weights
 from terraloom.models.mapnet import MapNet
 from terraloom.models.pixelwise import PixelNet
 from terraloom.models.registry import build, load_member, ready, save_member
@@ -41,68 +41,38 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """Settings of training.
+class FitSettings(LoopSettings):
+    """Settings of training: those of the loop, and what it runs on.
 
     Attributes:
-        network: One of :data:`terraloom.models.registry.ARCHITECTURES`.
+        network: Network by name; see :data:`terraloom.models.registry.ARCHITECTURES`.
+        adapt: What training changes of pre-trained weights: ``fine-tune``, ``frozen``, ``lora``.
         width: Channels of the 10 m level (count).
         widths: Channels of every level; overrides ``width`` (counts).
         depth: Levels (count).
         convs: Convolutions per level (count).
         indices: Normalised differences as features.
         dropout: Share of feature maps dropped before the heads (0-1).
-        epochs: Passes over the chips that have labels (count, may be a fraction).
-        batch: Crops per step (count).
         crop_px: Height and width of a crop (10 m pixels).
-        learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW, on convolution weights only.
-        ema: Decay of the moving average of the weights per step (0-1).
         class_power: Class weights are frequency^-power in the loss.
         draw_power: Crops are drawn around a class with probability frequency^power.
         erode_px: Class labels this close to another class are not trained on (pixels).
-        loss: Segmentation loss.
         augmentation: Random changes of the crops.
-        accumulate: Batches whose gradients make one step (count).
-        patience: Epochs without a better score on a further fold before training ends; 0: never,
-            and no further fold is left out (count).
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        balance: How the losses of several tasks are weighed.
-        adapt: What training changes of pre-trained weights: ``fine-tune``, ``frozen``, ``lora``.
     """
 
     network: str = "fusion"
+    adapt: str = "fine-tune"
     width: int = 12
     widths: tuple[int, ...] = ()
     depth: int = 4
     convs: int = 1
     indices: bool = True
     dropout: float = 0.05
-    epochs: float = 12
-    batch: int = 4
     crop_px: int = 72
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-2
-    ema: float = 0.97
     class_power: float = 0.5
     draw_power: float = 1.0
     erode_px: int = 0
-    loss: SegmentationLoss = field(default_factory=SegmentationLoss)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    accumulate: int = 1
-    patience: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-    balance: str = "equal"
-    adapt: str = "fine-tune"
-
-    def loop(self) -> LoopSettings:
-        """The part that the training loop takes."""
-        return LoopSettings(
-            self.epochs, self.batch, self.accumulate, self.learning_rate, self.weight_decay,
-            self.ema, self.patience, self.precision, self.device, self.balance,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -210,11 +180,11 @@ def fit_member(
         )  # fmt: skip
         sampler.start_reduction(net, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
         loss = MultiTaskLoss(
-            scaled, _weights(scaled, pack, settings.class_power), settings.loss,
+            scaled, _weights(scaled, pack, settings.class_power),
             transitions=transitions,
         )  # fmt: skip
         done = train(
-            net, sampler, loss, settings.loop(), checkpoint=checkpoint, world=world,
+            net, sampler, loss, settings, checkpoint=checkpoint, world=world,
             score=None if stop is None else Validator(chips, scaled, stop),
         )  # fmt: skip
     return FitResult(
