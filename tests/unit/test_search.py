@@ -17,7 +17,8 @@ import xarray as xr
 from terraloom.errors import FoldError, ModelError
 from terraloom.models.heads import TaskSpec
 from terraloom.train.fit import FitSettings
-from terraloom.train.search import Choice, Range, optimise, search, space_of
+from terraloom.train.search import search, space_of
+from terraloom.train.trials import Choice, Range, optimise
 
 pytest.importorskip("optuna", reason="the extra `search` is not installed")
 
