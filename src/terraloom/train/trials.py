@@ -1,8 +1,8 @@
 """Trials of settings until a budget is used up, whatever it is that they score.
 
-The search is Optuna's Gaussian process, which suits budgets of tens of trials. Trials stand in a journal file: a search that was killed goes on, and jobs on
-several machines that share a disk work on one search. A trial that is worse than the median after
-its first fold ends there.
+The search is Optuna's Gaussian process, which suits budgets of tens of trials. Trials stand in a
+journal file: a search that was killed goes on, and jobs on several machines that share a disk work
+on one search. A trial that is worse than the median after its first fold ends there.
 """
 
 from __future__ import annotations
