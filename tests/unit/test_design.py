@@ -19,7 +19,7 @@ from terraloom.assess.allocation import Allocation, allocate, anticipated_se, sa
 from terraloom.assess.areas import PixelAreas
 from terraloom.assess.design import SampleDesign, reference_sample, stratified_sample
 from terraloom.assess.estimators import estimate_accuracy
-from terraloom.assess.samples import SampleKind
+from terraloom.assess.samples import ReferenceSample, SampleKind
 from terraloom.errors import DesignError, GridError
 from terraloom.io import write_raster
 
@@ -310,3 +310,19 @@ def test_from_draw_to_estimate(map_path: Path) -> None:
     del answers[sample.points["id"][0]]
     with pytest.raises(DesignError, match="1 points without an answer"):
         reference_sample(sample.points, answers, sample.design)
+
+
+def test_kinds_ask_for_what_their_estimators_need() -> None:
+    ones = [1, 1, 1]
+    for kind in (SampleKind.CLUSTER, SampleKind.UNEQUAL):
+        assert kind.is_probability
+        with pytest.raises(DesignError, match="inclusion_prob"):
+            ReferenceSample(ones, ones, ones, kind)
+    full = ReferenceSample(
+        ones, ones, ones, SampleKind.CLUSTER, cluster=[4, 4, 9], inclusion_prob=[0.1, 0.1, 1]
+    )
+    assert full.cluster is not None and full.cluster.tolist() == [4, 4, 9]
+    with pytest.raises(DesignError, match="out of range"):
+        ReferenceSample(ones, ones, ones, SampleKind.UNEQUAL, inclusion_prob=[0.1, 0, 1])
+    with pytest.raises(DesignError, match="inclusion_prob"):
+        ReferenceSample(ones, ones, ones, SampleKind.UNEQUAL, inclusion_prob=[0.1])

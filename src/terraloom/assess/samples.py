@@ -25,6 +25,8 @@ class SampleKind(StrEnum):
     SIMPLE_RANDOM = "simple_random"
     STRATIFIED_RANDOM = "stratified_random"
     SYSTEMATIC = "systematic"
+    CLUSTER = "two_stage_cluster"
+    UNEQUAL = "unequal_probability"
     CONVENIENCE = "convenience"
     ACTIVE = "active"
 
@@ -103,6 +105,11 @@ class ReferenceSample:
         kind: How the units were chosen.
         unit_area_m2: (N,) float64 true pixel areas, or None where pixels of a stratum share one
             area. With it, each stratum mean is area-weighted (a ratio to the known stratum area).
+        cluster: (N,) int64, primary unit each pixel was drawn from; needed for a two-stage cluster
+            sample, None for the others.
+        inclusion_prob: (N,) float64, chance of each pixel to be in the sample, above 0 and at
+            most 1; needed where it differs within a stratum (cluster, unequal probability), None
+            where it is n_h / N_h.
     """
 
     stratum: I64
@@ -110,13 +117,15 @@ class ReferenceSample:
     reference_class: I64
     kind: SampleKind
     unit_area_m2: F64 | None = None
+    cluster: I64 | None = None
+    inclusion_prob: F64 | None = None
 
     def __post_init__(self) -> None:
         """Normalise the columns to int64 and check them.
 
         Raises:
-            DesignError: If lengths differ, codes are missing or not integer, or an area is not
-                positive.
+            DesignError: If lengths differ, codes are missing or not integer, an area is not
+                positive, a probability is not in (0, 1], or what the kind needs is not given.
         """
         for name in ("stratum", "map_class", "reference_class"):
             object.__setattr__(self, name, _codes(getattr(self, name), name))
@@ -129,6 +138,20 @@ class ReferenceSample:
                 raise DesignError("unit areas that are not positive", where="reference sample")
             object.__setattr__(self, "unit_area_m2", area)
             lengths["unit_area_m2"] = area.size
+        if self.cluster is not None:
+            object.__setattr__(self, "cluster", _codes(self.cluster, "cluster"))
+            lengths["cluster"] = np.size(self.cluster)
+        if self.inclusion_prob is not None:
+            prob = np.asarray(self.inclusion_prob, dtype=np.float64).ravel()
+            if not ((prob > 0) & (prob <= 1)).all():
+                raise DesignError(
+                    "inclusion probabilities out of range", where="reference sample",
+                    allowed="above 0 and at most 1, for every unit",
+                    fix="take them from the design; labels without them are no probability sample",
+                )  # fmt: skip
+            object.__setattr__(self, "inclusion_prob", prob)
+            lengths["inclusion_prob"] = prob.size
+        self._require_what_the_kind_needs()
         wrong = {name: size for name, size in lengths.items() if size != n}
         if wrong or n == 0:
             raise DesignError(
@@ -136,6 +159,18 @@ class ReferenceSample:
                 where="reference sample",
                 allowed="columns of one length, at least one unit",
             )
+
+    def _require_what_the_kind_needs(self) -> None:
+        needs = {
+            SampleKind.CLUSTER: ("cluster", "inclusion_prob"),
+            SampleKind.UNEQUAL: ("inclusion_prob",),
+        }.get(self.kind, ())
+        missing = [name for name in needs if getattr(self, name) is None]
+        if missing:
+            raise DesignError(
+                f"a {self.kind} sample without {' and '.join(missing)}", where="reference sample",
+                fix="take them from the sample file, or the units are no probability sample",
+            )  # fmt: skip
 
     @classmethod
     def from_matrix(
