@@ -26,7 +26,8 @@ from terraloom.aoi import campaign_grid
 from terraloom.config.load import load_campaign
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_store, write_store
-from terraloom.predict.engine import Ensemble, predict_tile
+from terraloom.predict.engine import predict_tile
+from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
 
 ROUNDS = 5
@@ -44,7 +45,8 @@ def throughput(run: Path) -> None:
     reasons = read_store(f"work/cube/{tile.name}.zip")["reasons"].to_numpy()
     h, w = tile.geobox.shape
     halo = ensemble.halo_px
-    inputs = CubeReader(Path("work/cube"), grid).window(-halo, -halo, h + 2 * halo, w + 2 * halo)
+    window = CubeReader(Path("work/cube"), grid).window(-halo, -halo, h + 2 * halo, w + 2 * halo)
+    inputs = {g: x[None] for g, x in window.items()}
     whole, forward = [], []
     for _ in range(ROUNDS):
         start = time.monotonic()

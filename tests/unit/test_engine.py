@@ -18,7 +18,8 @@ from terraloom.config.load import parse_campaign
 from terraloom.errors import ModelError, StateError
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, read_store, write_json, write_store
-from terraloom.predict.engine import Ensemble, predict_batch
+from terraloom.predict.engine import predict_batch
+from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import Reason
@@ -148,9 +149,13 @@ def test_raw_probabilities_agree_to_the_last_digits(
     ensemble, reader = Ensemble.load(), CubeReader(Path("work/cube"), grid)
     halo = ensemble.halo_px
     assert halo % 12 == 0
-    full = ensemble.predict(reader.window(-halo, -halo, H + 2 * halo, W + 2 * halo))["lc"]
-    part = ensemble.predict(reader.window(96 - halo, 144 - halo, 48 + 2 * halo, 48 + 2 * halo))
-    inner = part["lc"][..., halo : halo + 48, halo : halo + 48]
+
+    def predicted(row: int, col: int, h: int, w: int) -> dict[str, Any]:
+        inputs = reader.window(row - halo, col - halo, h + 2 * halo, w + 2 * halo)
+        return ensemble.predict({g: x[None] for g, x in inputs.items()})
+
+    full, part = (predicted(*at)["lc"] for at in ((0, 0, H, W), (96, 144, 48, 48)))
+    inner = part[..., halo : halo + 48, halo : halo + 48]
     expected = full[..., halo + 96 : halo + 144, halo + 144 : halo + 192]
     assert inner == pytest.approx(expected, abs=1e-4)
 

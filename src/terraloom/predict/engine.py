@@ -6,10 +6,8 @@ the result of a pixel does not depend on tile size, job size or order: there is 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +16,24 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.errors import ModelError
 from terraloom.grid import CampaignGrid, Tile
-from terraloom.io import digest_json, read_json, read_store, sha256, write_json, write_store
+from terraloom.io import digest_json, read_json, read_store, write_json, write_store
 from terraloom.log import get_logger, progress
-from terraloom.models.mapnet import MapNet
-from terraloom.models.registry import card_path, check_contract, load_member
+from terraloom.models.registry import card_path, check_contract
+from terraloom.predict.ensemble import Ensemble, member_files
+from terraloom.predict.layers import Layers
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.reasons import INVALID
 from terraloom.state import code_digest
-from terraloom.train.ensemble import Calibration, calibrated
 from terraloom.train.run import task_specs
-from terraloom.uncertainty.decompose import (
-    ENTROPY_NODATA,
-    decompose_entropy,
-    decompose_regression,
-    encode_entropy,
-)
 
-__all__ = ["PROBABILITY_STEPS", "Ensemble", "predict_batch", "predict_tile"]
+__all__ = ["CUBES", "TILES", "predict_batch", "predict_tile"]
 
-#: Probabilities are stored as uint8 0..200 for 0..1; 255 is no data.
-PROBABILITY_STEPS = 200
-PROBABILITY_NODATA = 255
-REGRESSION_NODATA = -9999.0
-#: Rows of a tile whose probabilities are calibrated at once.
-_STRIP_ROWS = 8
-
-MODEL = Path("results/model")
 CUBES = Path("work/cube")
 TILES = Path("work/predict")
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """All members and their calibration.
-
-    Attributes:
-        members: Networks in evaluation mode.
-        calibrations: Per segmentation task, found on held-out folds.
-        digest: Digest of weights and calibration.
-    """
-
-    members: tuple[MapNet, ...]
-    calibrations: Mapping[str, Calibration]
-    digest: str
-
-    @classmethod
-    def load(cls, folder: Path = MODEL) -> Ensemble:
-        """Read all members below a model folder.
-
-        Raises:
-            ModelError: No member is there, members differ in channels, or a task has no
-                calibration.
-        """
-        files = sorted(folder.glob("fold-*/member-*.safetensors"))
-        if not files:
-            raise ModelError("no member is there", where=str(folder), fix="run target `model`")
-        members = tuple(load_member(f)[0] for f in files)
-        if len({str(m.spec.channels) for m in members}) > 1:
-            raise ModelError("members of different kinds", where=str(folder), fix="train again")
-        record = read_json(folder / "calibration.json")
-        digest = digest_json([record, [sha256(f) for f in files]])
-        found = {k: Calibration.from_record(v) for k, v in record.get("tasks", {}).items()}
-        maps = {t.name for t in members[0].spec.tasks if t.kind == "segmentation"}
-        if maps - set(found):
-            raise ModelError(f"no calibration of {', '.join(sorted(maps - set(found)))}",
-                             where=str(folder), fix="run target `model` again")  # fmt: skip
-        return cls(members, found, digest)
-
-    @property
-    def halo_px(self) -> int:
-        """Pixels to read around a tile."""
-        stride = math.lcm(*(m.stride_px for m in self.members))
-        return math.ceil(max(m.halo_px() for m in self.members) / stride) * stride
-
-    def predict(self, inputs: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
-        """Members' predictions of one window: per task (M, c, h, w) float32."""
-        tensors = {g: torch.from_numpy(x)[None] for g, x in inputs.items()}
-        outs = [m.predict(tensors) for m in self.members]
-        return {name: np.stack([o[name][0].numpy() for o in outs]) for name in outs[0]}
 
 
 def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
@@ -110,7 +42,7 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
     torch.use_deterministic_algorithms(True)
     ensemble = Ensemble.load()
     reader = CubeReader(CUBES, grid)
-    for file in sorted(MODEL.glob("fold-*/member-*.safetensors")):
+    for file in member_files():
         check_contract(
             read_json(card_path(file)), reader.channels, task_specs(campaign), where=str(file)
         )
@@ -179,62 +111,12 @@ def predict_tile(
     row, col = tile.row * grid.tile_px, tile.column * grid.tile_px
     inputs = reader.window(row - halo, col - halo, h + 2 * halo, w + 2 * halo)
     raw = {
-        name: values[..., halo : halo + h, halo : halo + w]
-        for name, values in ensemble.predict(inputs).items()
+        name: values[:, 0, :, halo : halo + h, halo : halo + w]
+        for name, values in ensemble.predict({g: x[None] for g, x in inputs.items()}).items()
     }
     valid = (reasons & np.uint8(INVALID)) == 0
+    layers = Layers(campaign.tasks, ensemble.calibrations)
     data: dict[str, Any] = {"reasons": (("y", "x"), reasons)}
-    for task in campaign.tasks:
-        values = raw[task.name]
-        if task.kind is TaskKind.SEGMENTATION:
-            data.update(_classes(values, ensemble.calibrations[task.name], valid))
-        elif task.kind is TaskKind.REGRESSION:
-            data[task.name] = (("part", "y", "x"), _regression(values, valid, task.range))
-        else:
-            data[task.name] = (("y", "x"), _encode(values.mean(axis=0)[0], valid))
+    for name, values in layers.encode(raw, valid).items():
+        data[name] = (layers.dims(name, values.ndim), values)
     return xr.Dataset(data, attrs={"tile": tile.name})
-
-
-def _classes(
-    members: npt.NDArray[np.float32], calibration: Calibration, valid: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
-    sharp = np.empty(members.shape, np.float32)
-    # Calibration works in float64: strips stay in cache, copies of the whole ensemble would not.
-    for row in range(0, members.shape[2], _STRIP_ROWS):
-        strip = slice(row, row + _STRIP_ROWS)
-        sharp[:, :, strip] = calibrated(members[:, :, strip], calibration, axis=1)
-    parts = decompose_entropy(sharp)
-    k = members.shape[1]
-    index = parts.mean.argmax(axis=0).astype(np.uint8)
-    index[~valid] = 255
-    entropies = [encode_entropy(e, k, valid) for e in
-                 (parts.total, parts.aleatoric, parts.epistemic)]  # fmt: skip
-    probabilities = np.stack([_encode(p, valid) for p in parts.mean])
-    return {
-        "class_index": (("y", "x"), index),
-        "probabilities": (("class", "y", "x"), probabilities),
-        "uncertainty": (("kind", "y", "x"), np.stack(entropies)),
-    }
-
-
-def _encode(
-    probability: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.uint8]:
-    code = np.rint(np.clip(probability, 0, 1) * PROBABILITY_STEPS).astype(np.uint8)
-    code[~valid] = PROBABILITY_NODATA
-    return code
-
-
-def _regression(
-    members: npt.NDArray[np.float32],
-    valid: npt.NDArray[np.bool_],
-    allowed: tuple[float, float] | None,
-) -> npt.NDArray[np.float32]:
-    parts = decompose_regression(members[:, 0], members[:, 1])
-    mean = parts.mean if allowed is None else np.clip(parts.mean, *allowed)
-    out = np.stack([mean, parts.aleatoric_sd, parts.epistemic_sd]).astype(np.float32)
-    out[:, ~valid] = REGRESSION_NODATA
-    return out
-
-
-__all__ += ["ENTROPY_NODATA", "PROBABILITY_NODATA", "REGRESSION_NODATA"]

@@ -20,13 +20,12 @@ from terraloom.io import cog_from_windows, read_store, sha256, write_json, write
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.plan import product_names
-from terraloom.predict.engine import (
-    CUBES,
+from terraloom.predict.engine import CUBES, TILES
+from terraloom.predict.layers import (
     ENTROPY_NODATA,
     PROBABILITY_NODATA,
     PROBABILITY_STEPS,
     REGRESSION_NODATA,
-    TILES,
 )
 from terraloom.predict.picture import Picture, paint, plan_picture
 from terraloom.predict.qgis import class_map_qml

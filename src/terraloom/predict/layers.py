@@ -1,0 +1,110 @@
+"""What a tile keeps of the members' predictions: encoded layers, pixel by pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from terraloom.config.base import TaskKind
+from terraloom.config.labels import Task
+from terraloom.legend import IGNORE_INDEX
+from terraloom.train.ensemble import Calibration, calibrated
+from terraloom.uncertainty.decompose import (
+    ENTROPY_NODATA,
+    decompose_entropy,
+    decompose_regression,
+    encode_entropy,
+)
+
+__all__ = [
+    "ENTROPY_NODATA", "PROBABILITY_NODATA", "PROBABILITY_STEPS", "REGRESSION_NODATA", "Layers",
+]  # fmt: skip
+
+#: Probabilities are stored as uint8 0..200 for 0..1; 255 is no data.
+PROBABILITY_STEPS = 200
+PROBABILITY_NODATA = 255
+REGRESSION_NODATA = -9999.0
+#: Rows of a window whose probabilities are calibrated at once.
+_STRIP_ROWS = 8
+#: Names of the dimension before rows and columns.
+_FIRST = {"probabilities": "class", "uncertainty": "kind"}
+
+F32 = npt.NDArray[np.float32]
+Valid = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a campaign's tiles. Each pixel is encoded by itself.
+
+    Attributes:
+        tasks: Tasks of the campaign.
+        calibrations: Per segmentation task.
+    """
+
+    tasks: Sequence[Task]
+    calibrations: Mapping[str, Calibration]
+
+    def encode(self, values: Mapping[str, F32], valid: Valid) -> dict[str, npt.NDArray[Any]]:
+        """Layers of a window, encoded as in the products.
+
+        Args:
+            values: Members' predictions per task, (M, c, h, w).
+            valid: (h, w); other pixels get no prediction.
+
+        Returns:
+            (h, w) or (n, h, w) per layer: ``class_index`` (255 = none), ``probabilities``,
+            ``uncertainty``, and one of the name of each further task.
+        """
+        out: dict[str, npt.NDArray[Any]] = {}
+        for task in self.tasks:
+            members = values[task.name]
+            if task.kind is TaskKind.SEGMENTATION:
+                out.update(_classes(members, self.calibrations[task.name], valid))
+            elif task.kind is TaskKind.REGRESSION:
+                out[task.name] = _regression(members, valid, task.range)
+            else:
+                out[task.name] = _encode(members.mean(axis=0)[0], valid)
+        return out
+
+    @staticmethod
+    def dims(name: str, ndim: int) -> tuple[str, ...]:
+        """Names of a layer's dimensions in the store of a tile."""
+        return ("y", "x") if ndim == 2 else (_FIRST.get(name, "part"), "y", "x")
+
+
+def _classes(members: F32, calibration: Calibration, valid: Valid) -> dict[str, npt.NDArray[Any]]:
+    sharp = np.empty(members.shape, np.float32)
+    # Calibration works in float64: strips stay in cache, copies of the whole ensemble would not.
+    for row in range(0, members.shape[2], _STRIP_ROWS):
+        strip = slice(row, row + _STRIP_ROWS)
+        sharp[:, :, strip] = calibrated(members[:, :, strip], calibration, axis=1)
+    parts = decompose_entropy(sharp)
+    k = members.shape[1]
+    index = parts.mean.argmax(axis=0).astype(np.uint8)
+    index[~valid] = IGNORE_INDEX
+    entropies = [encode_entropy(e, k, valid) for e in
+                 (parts.total, parts.aleatoric, parts.epistemic)]  # fmt: skip
+    return {
+        "class_index": index,
+        "probabilities": np.stack([_encode(p, valid) for p in parts.mean]),
+        "uncertainty": np.stack(entropies),
+    }
+
+
+def _encode(probability: F32, valid: Valid) -> npt.NDArray[np.uint8]:
+    code = np.rint(np.clip(probability, 0, 1) * PROBABILITY_STEPS).astype(np.uint8)
+    code[~valid] = PROBABILITY_NODATA
+    return code
+
+
+def _regression(members: F32, valid: Valid, allowed: tuple[float, float] | None) -> F32:
+    parts = decompose_regression(members[:, 0], members[:, 1])
+    mean = parts.mean if allowed is None else np.clip(parts.mean, *allowed)
+    out = np.stack([mean, parts.aleatoric_sd, parts.epistemic_sd]).astype(np.float32)
+    out[:, ~valid] = REGRESSION_NODATA
+    return out
