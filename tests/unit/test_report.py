@@ -25,7 +25,7 @@ from terraloom.grid import geobox_record
 from terraloom.io import read_json, write_json, write_raster
 from terraloom.legend import Legend
 from terraloom.predict.qgis import class_map_qml, write_class_map_qml
-from terraloom.report import facts, figures, formats, panels, scores
+from terraloom.report import charts, facts, figures, formats, panels, scores
 from terraloom.report import page as page_module
 from terraloom.report.page import build_report
 
@@ -52,7 +52,7 @@ def page(made: Path) -> str:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts cost most of a build; tests of the text do without."""
     dot = figures.Picture("data:image/png;base64,AA==", 1, 1, "a chart")
-    charts = dict.fromkeys(("classes", "confusion", "reliability"))
+    charts = dict.fromkeys(("classes", "confusion", "reliability", "learning"))
     monkeypatch.setattr(page_module, "_area_chart", lambda areas: dot)
     monkeypatch.setattr(page_module, "_skill_charts", lambda skill, root: charts)
 
@@ -300,13 +300,13 @@ def test_charts_take_odd_input():
     nothing = formats.Interval()
     names = ["a very long class name that will not fit", "$a_b$ & <c>"]
     measures = {"F1": [nothing, formats.Interval(0.5)]}
-    assert figures.skill_chart(names, measures).width > 500
+    assert charts.skill_chart(names, measures).width > 500
     matrix = np.array([[0.0, 0.0], [3.0, 1.0]])
-    assert figures.confusion_chart(matrix, names).uri.startswith("data:image/png")
-    assert figures.area_chart(names, [0.0, 2.0], [nothing, nothing], [math.nan, 1.0]).height > 100
-    assert figures.reliability_chart({"": np.zeros((0, 3))}).width > 500
+    assert charts.confusion_chart(matrix, names).uri.startswith("data:image/png")
+    assert charts.area_chart(names, [0.0, 2.0], [nothing, nothing], [math.nan, 1.0]).height > 100
+    assert charts.reliability_chart({"": np.zeros((0, 3))}).width > 500
     many = [f"class {k}" for k in range(25)]
-    assert figures.confusion_chart(np.eye(25), many).width > 500
+    assert charts.confusion_chart(np.eye(25), many).width > 500
 
 
 # ------------------------------------------------------------------ numbers and texts

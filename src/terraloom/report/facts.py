@@ -239,6 +239,16 @@ def curves(rows: Sequence[Mapping[str, str]]) -> dict[str, npt.NDArray[np.float6
     return {name: np.array(sorted(bins)) for name, bins in found.items()}
 
 
+def learning(rows: Sequence[Mapping[str, str]]) -> dict[str, npt.NDArray[np.float64]]:
+    """Training loss by task: (steps, 2) of step and loss."""
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        values = [interval(row.get(k)).value for k in ("step", "loss")]
+        if all(math.isfinite(v) for v in values):
+            found.setdefault(label(str(row.get("task", "")).replace("-", "_")), []).append(values)
+    return {name: np.array(points) for name, points in found.items()}
+
+
 # ---------------------------------------------------------------- areas
 
 

@@ -1,8 +1,8 @@
 """The report: one HTML file that explains a map to someone who was not there.
 
-The page needs no network: pictures travel as data URIs, the style is inlined, and the one line of
-script (the slider over the map) is allowed by its hash in the page's content security policy.
-Everything that comes from files is escaped.
+The page needs no network: pictures travel as data URIs, style and script are inlined, and the
+script (it compares and zooms the map; the page can be read without it) is allowed by its hash in
+the page's content security policy. Everything that comes from files is escaped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,13 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
-from terraloom.report import facts, figures, formats, panels, provenance, scores
+from terraloom.report import charts, facts, figures, formats, panels, provenance, scores
+from terraloom.report.advice import advise
 from terraloom.report.scenes import scene_section
 
 __all__ = ["build_report"]
 
 _HERE = Path(__file__).parent
-_SCRIPT = (
-    "const r=document.getElementById('fade'),m=document.getElementById('over');"
-    "if(r&&m){r.closest('.fader').hidden=false;"
-    "r.addEventListener('input',()=>{m.style.opacity=r.value/100})}"
-)
 
 
 def build_report(
@@ -94,20 +90,25 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
     areas = facts.areas(legend, accuracy, scoreboard)
     rows = facts.scenes(items, provenance.optional_csv(root / "scenes" / "quality.csv"))
     coverage = panels.coverage(root, record)
+    shown = panels.map_panel(root, record, place)
+    doubt, layers = panels.uncertainty(root, len(legend)), panels.task_layers(root, campaign)
+    script = _template("viewer.js")
     context: dict[str, Any] = {
-        "style": Markup((_HERE / "templates" / "style.css").read_text(encoding="utf-8")),
-        "script": Markup(_SCRIPT),
-        "script_hash": base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
+        "style": Markup(_template("style.css")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "campaign": campaign,
         "simulated": simulated,
         "place": place,
         "summary": _summary(campaign, record, place, areas, skill, rows),
-        "map": panels.map_panel(root, record, place),
+        "map": shown,
+        "viewer": panels.viewer(shown, doubt, layers, place),
+        "advice": advise(campaign, areas, skill, record, place.resolution_m),
         "areas": areas,
         "scene_facts": scene_section(root, items),
         "area_chart": _area_chart(areas),
-        "uncertainty": panels.uncertainty(root, len(legend)),
-        "layers": panels.task_layers(root, campaign),
+        "uncertainty": doubt,
+        "layers": layers,
         "skill": skill,
         "charts": _skill_charts(skill, root),
         "scenes": rows,
@@ -120,9 +121,14 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
     return context | {"nav": _nav(context)}
 
 
+def _template(name: str) -> str:
+    return (_HERE / "templates" / name).read_text(encoding="utf-8")
+
+
 def _nav(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     wanted = [
         ("map", "Map", True),
+        ("use", "What for", True),
         ("areas", "Areas", True),
         ("doubt", "Uncertainty", bool(context["uncertainty"])),
         ("layers", "Other layers", bool(context["layers"])),
@@ -180,18 +186,18 @@ def _when(campaign: Campaign, rows: Sequence[facts.SceneRow]) -> str:
 
 def _area_chart(areas: facts.Areas) -> figures.Picture:
     rows = areas.rows
-    return figures.area_chart(
+    return charts.area_chart(
         [r.name for r in rows], [r.map_ha for r in rows], [r.estimate for r in rows],
         [r.truth_ha for r in rows],
     )  # fmt: skip
 
 
 def _skill_charts(skill: facts.Skill, root: Path) -> dict[str, figures.Picture | None]:
-    charts: dict[str, figures.Picture | None] = dict.fromkeys(
-        ("classes", "confusion", "reliability")
+    made: dict[str, figures.Picture | None] = dict.fromkeys(
+        ("classes", "confusion", "reliability", "learning")
     )
     if skill.rows:
-        charts["classes"] = figures.skill_chart(
+        made["classes"] = charts.skill_chart(
             [r.name for r in skill.rows],
             {
                 "precision": [r.precision for r in skill.rows],
@@ -200,11 +206,14 @@ def _skill_charts(skill: facts.Skill, root: Path) -> dict[str, figures.Picture |
             },
         )
     if skill.confusion.size:
-        charts["confusion"] = figures.confusion_chart(skill.confusion, skill.names)
+        made["confusion"] = charts.confusion_chart(skill.confusion, skill.names)
     curves = facts.curves(provenance.optional_csv(root / "model" / "reliability.csv"))
     if curves:
-        charts["reliability"] = figures.reliability_chart(curves)
-    return charts
+        made["reliability"] = charts.reliability_chart(curves)
+    history = facts.learning(provenance.optional_csv(root / "model" / "history.csv"))
+    if history:
+        made["learning"] = charts.curves_chart(history)
+    return made
 
 
 def _made(

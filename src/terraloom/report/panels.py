@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.grid import geobox_from_record, row_areas_m2
 from terraloom.preprocess.reasons import INVALID, Reason
-from terraloom.report import facts, figures, formats, provenance, scores
+from terraloom.report import charts, facts, figures, formats, provenance, scores
 
 __all__ = [
     "Place", "coverage", "labels", "main_reason", "map_panel", "place", "task_layers",
-    "uncertainty",
+    "uncertainty", "viewer",
 ]  # fmt: skip
 
 #: Words and colour of each reason that keeps a pixel out of the map.
@@ -121,6 +122,39 @@ def map_panel(root: Path, record: Mapping[str, Any], where: Place) -> dict[str, 
         "bar_pct": 100 * share,
         "small": classes.width < 700,
     }  # fmt: skip
+
+
+def viewer(
+    shown: Mapping[str, Any], doubt: Mapping[str, Any] | None,
+    layers: Sequence[Mapping[str, Any]], where: Place,
+) -> dict[str, Any]:  # fmt: skip
+    """Layers that can be laid over each other; those shown elsewhere are taken from there."""
+    found = [("image", "Satellite image", shown["image"], "")] if shown["image"] else []
+    found.append(("classes", "Class map", shown["classes"], ""))
+    if doubt:
+        found += [
+            ("total", "Total uncertainty", doubt["total"].picture, "pic-total"),
+            ("epistemic", "Epistemic uncertainty", doubt["epistemic"].picture, "pic-epistemic"),
+        ]
+    for n, layer in enumerate(layers):
+        title = layer["title"] + (" (spread)" if layer["caption"].startswith("standard") else "")
+        found.append((f"layer-{n}", title, layer["scalar"].picture, f"pic-layer-{n}"))
+    left, top = where.geobox.boundingbox.left, where.geobox.boundingbox.top
+    facts_of_place = {
+        "width_m": where.geobox.shape[1] * where.resolution_m,
+        "height_m": where.geobox.shape[0] * where.resolution_m,
+        "left": left,
+        "top": top,
+        "legend": [[str(e["color"]).lower(), str(e["name"])] for e in shown["legend"]],
+    }
+    return {
+        "place": json.dumps(facts_of_place),
+        "layers": [
+            {"key": k, "title": title, "picture": p, "source": source}
+            for k, title, p, source in found
+        ],
+        "under": "image" if shown["image"] else "classes",
+    }
 
 
 def uncertainty(root: Path, n_classes: int) -> dict[str, Any] | None:
@@ -258,5 +292,5 @@ def _folds(path: Path, geobox: GeoBox, task: str) -> dict[str, Any] | None:
     if not rings:
         return None
     b = geobox.boundingbox
-    picture, colors = figures.folds_chart(rings, (b.left, b.bottom, b.right, b.top))
+    picture, colors = charts.folds_chart(rings, (b.left, b.bottom, b.right, b.top))
     return {"picture": picture, "keys": [(f, c, counts[f]) for f, c in colors.items()]}
