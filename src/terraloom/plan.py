@@ -226,6 +226,7 @@ class Plan:
             "model": [
                 "results/model/calibration.json", "results/model/held_out.json",
                 "results/model/metrics.json",
+                *(["results/model/conformal.json"] if self.campaign.uncertainty.sets else []),
             ],
             "map": [*self.product_files, *final],
         }  # fmt: skip

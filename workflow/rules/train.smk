@@ -88,6 +88,7 @@ if building("model"):
             baseline="results/model/baseline.json" if CAMPAIGN.model.baseline else [],
         output:
             calibration="results/model/calibration.json",
+            sets=["results/model/conformal.json"] if CAMPAIGN.uncertainty.sets else [],
             held_out="results/model/held_out.json",
             metrics="results/model/metrics.json",
             reliability="results/model/reliability.csv",
@@ -112,6 +113,7 @@ if building("model"):
                 "model.members",
                 "model.label_noise",
                 "model.calibration",
+                *SET_KEYS,
             ),
             code=code_digest("assess.held_out"),
         message:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
+from terraloom.assess.coverage import judge_coverage
 from terraloom.assess.model_card import write_model_card
 from terraloom.assess.reliability import SkillReport, skill_report
 from terraloom.config.base import TaskKind
@@ -73,6 +74,7 @@ def calibrate(campaign: Campaign) -> None:
         rng=np.random.default_rng(campaign.seed),
     )  # fmt: skip
     baseline = read_json(MODEL / "baseline.json") if campaign.model.baseline else None
+    sets, coverage = judge_coverage(campaign, chips, cover, honest, held)
     record = {
         "classes": list(legend.names),
         "confusion": skill.matrix.tolist(),
@@ -89,6 +91,7 @@ def calibrate(campaign: Campaign) -> None:
         "baseline": baseline,
         "regression": _regressions(campaign, held),
         "boundary": _boundaries(campaign, held),
+        "coverage": coverage,
         "label_noise": campaign.model.label_noise,
         "label_noise_pct": 100 * float(review.flags.mean()),
         "suspects": _suspects(review, legend),
@@ -99,6 +102,8 @@ def calibrate(campaign: Campaign) -> None:
     write_json(MODEL / "metrics.json", _metrics(record))
     fitted = calibration.record() | {"n_pixels": len(y)}
     write_json(MODEL / "calibration.json", {"tasks": {task.name: fitted}})
+    if campaign.uncertainty.sets:
+        write_json(MODEL / "conformal.json", sets)
     write_review(MODEL / "suspects.gpkg", review, labels, legend.names)
     write_model_card(campaign)
     _say(record)
@@ -292,6 +297,16 @@ def _say(record: dict[str, Any]) -> None:
         record["overall"]["oa"]["value"], record["overall"]["macro_f1"]["value"],
         record["ece_before"], record["ece_after"],
     )  # fmt: skip
+    for name, c in record["coverage"].items():
+        found = c["methods"][c["method"]]
+        log.info(
+            "%s: sets for %.2f hold %.3f of the held-out %ss, %.3f in the worst block",
+            name,
+            c["target"],
+            found["coverage"]["value"],
+            c["unit"],
+            found["worst_block"],
+        )
     for name, scores in (record["baseline"] or {}).items():
         log.info("random forest, %s: OA %.3f, macro-F1 %.3f", name, scores["oa"],
                  scores["macro_f1"])  # fmt: skip

@@ -14,7 +14,7 @@ from terraloom.config.simulation import Simulation
 
 __all__ = [
     "Aoi", "Archive", "Campaign", "Composite", "Coregister", "Cube", "Grid", "Masks", "Milestones",
-    "Predict", "Sample", "Scenes", "Source",
+    "Predict", "Sample", "Scenes", "Source", "Uncertainty",
 ]  # fmt: skip
 
 MaskName = Literal["auto", "layer", "spectral", "s2cloudless", "csmask", "omnicloudmask"]
@@ -282,6 +282,34 @@ class Predict(Section):
     threads: int = Field(1, ge=1, le=64, description="Threads of one prediction job (count).")
 
 
+class Uncertainty(Section):
+    """Layers that say how far the map can be trusted, calibrated on held-out labels."""
+
+    sets: bool = Field(
+        True,
+        description="Publish the classes that stay possible at each pixel, and intervals of "
+        "values (yes/no).",
+    )
+    coverage: float = Field(
+        0.9, ge=0.5, le=0.999,
+        description="Probability that the set or the interval holds the truth (0-1).",
+    )  # fmt: skip
+    method: Literal["class", "split", "block"] = Field(
+        "class",
+        description="What is covered: `class`: each class by itself, whatever its share in the "
+        "labels; `split`: all labels together; `block`: block by block.",
+    )
+    blocks: float = Field(
+        0.9, gt=0, le=1,
+        description="With method `block`: share of blocks that are covered; 1 is the worst block "
+        "(0-1).",
+    )  # fmt: skip
+    score: Literal["lac", "aps"] = Field(
+        "lac",
+        description="`lac`: the smallest sets; `aps`: larger sets where classes are hard to tell.",
+    )
+
+
 class Sample(Section):
     """A probability sample for accuracy and area."""
 
@@ -324,6 +352,7 @@ class Campaign(Section):
     chips: Chips = Field(default_factory=Chips, description="Training windows.")
     model: Model = Field(default_factory=Model, description="Networks and training.")
     predict: Predict = Field(default_factory=Predict, description="Prediction.")
+    uncertainty: Uncertainty = Field(default_factory=Uncertainty, description="Sets and intervals.")
     sample: Sample | None = Field(
         None,
         description="Probability sample; without one the areas are map areas, not estimates.",
