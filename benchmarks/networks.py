@@ -56,7 +56,7 @@ TYPICAL: dict[str, tuple[str, ...]] = {
     "dem_10": ("DEM",),
     "s2_20": tuple(f"{p}/{b}" for p in PERIODS for b in S2_20),
 }
-VARIANTS = ("fusion", "fpn", "context", "utae", "ltae", "tempcnn", "gru")
+VARIANTS = ("fusion", "fpn", "context", "utae", "convgru", "convlstm", "ltae", "tempcnn", "gru")
 
 
 def network(channels: dict[str, tuple[str, ...]], reduce_to: int) -> MapNet:

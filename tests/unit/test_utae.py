@@ -35,7 +35,7 @@ STEPS = ("2018-03-05", "2018-05-20", "2018-06-30", "2018-09-14")
 COVER = TaskSpec("cover", "segmentation", ("a", "b", "c"))
 HEIGHT = TaskSpec("height", "regression", unit="m", mean=8.0, std=4.0)
 TASKS = (COVER, HEIGHT)
-TIMED = ("utae", "ltae", "tempcnn", "gru")
+TIMED = ("utae", "convgru", "convlstm", "ltae", "tempcnn", "gru")
 Channels = dict[str, tuple[str, ...]]
 
 

@@ -71,15 +71,16 @@ class Search(Section):
 class Model(Section):
     """The ensemble of light networks."""
 
-    network: Literal["fusion", "fpn", "context", "utae", "ltae", "tempcnn", "gru", "presto"] = (
-        Field(
-            "fusion",
-            description="`fusion`: a light U-Net that fuses sensors at their own pixel sizes; "
-            "`fpn`: the same with a pyramid of outputs; `context`: with wide (dilated) context. "
-            "Over time: `utae` (windows), `ltae`, `tempcnn`, `gru` (single pixels), `presto` "
-            "(pre-trained, single pixels).",
-        )
-    )
+    network: Literal[
+        "fusion", "fpn", "context", "utae", "convgru", "convlstm", "ltae", "tempcnn", "gru",
+        "presto",
+    ] = Field(
+        "fusion",
+        description="`fusion`: a light U-Net that fuses sensors at their own pixel sizes; "
+        "`fpn`: the same with a pyramid of outputs; `context`: with wide (dilated) context. "
+        "Over time: `utae`, `convgru`, `convlstm` (windows), `ltae`, `tempcnn`, `gru` (single "
+        "pixels), `presto` (pre-trained, single pixels).",
+    )  # fmt: skip
     preset: Literal["none", "auto"] = Field(
         "none",
         description="`auto`: network, width, batch, epochs and sampling follow from the labels by "

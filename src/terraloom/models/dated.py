@@ -22,7 +22,7 @@ from terraloom.preprocess.groups import group_facts, group_order
 __all__ = ["NETWORKS", "YEAR_DAYS", "DatedNet", "DatedSpec", "step_days"]
 
 #: Networks over time: windows first, then single pixels.
-NETWORKS = ("utae", "ltae", "tempcnn", "gru", "presto")
+NETWORKS = ("utae", "convgru", "convlstm", "ltae", "tempcnn", "gru", "presto")
 YEAR_DAYS = 365.25
 #: Values that a prediction holds at once per layer of features (count): about 128 MB.
 _PART_VALUES = 32_000_000

@@ -10,7 +10,7 @@ depends only on inputs within :meth:`FusionNet.receptive_field_px`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -230,6 +230,14 @@ class FusionNet(MapNet):
         following the interval of inputs behind each pixel through all layers; exact, as the
         intervals are unions over all positions within one stride.
         """
+        return self.reach_px(lambda spans: spans)
+
+    def reach_px(self, between: Callable[[list[Span]], list[Span]]) -> int:
+        """The receptive field where more layers stand between encoder and decoder.
+
+        Args:
+            between: From the inputs behind each pixel of the levels to those after these layers.
+        """
         n = self.stride_px * (28 + 16 * self.spec.convs)
         at = np.arange(n)
         skips: list[Span] = []
@@ -241,7 +249,7 @@ class FusionNet(MapNet):
                 lo, hi = skips[-1]
                 spans.append((lo[0::2], hi[1::2]))
             skips.append(wider(union(spans or [(at, at)]), self.spec.convs if level else 1))
-        span = self._reach(skips)
+        span = self._reach(between(skips))
         middle = slice(n // 2 - self.stride_px, n // 2 + self.stride_px)
         return int(max((at - span[0])[middle].max(), (span[1] - at)[middle].max()))
 

@@ -29,6 +29,8 @@ _USES = {
     "fpn": "objects of very different sizes; fewer weights, more work at 10 m",
     "context": "classes that their surroundings tell apart; tiles need a wide margin",
     "utae": "many dates with gaps, labels that cover areas",
+    "convgru": "as `utae`, where the order of what happens tells the classes apart",
+    "convlstm": "as `convgru`, with a longer memory and more weights",
     "ltae": "many dates with gaps, labels of points",
     "tempcnn": "as `ltae`, regular dates",
     "gru": "as `ltae`, few dates",
@@ -60,7 +62,9 @@ pixel size. Local means and standard deviations of the inputs enter every level.
   side; their result goes straight to the 20 m and 10 m levels.
 
 The networks over time weigh or order the dates of each pixel by their day. A date that is invalid
-has no influence. `utae` does so at the deepest level of a U-Net; the others look at single pixels.
+has no influence. Three look at windows, date by date through one U-Net: `utae` weighs the dates at
+its deepest level; `convgru` and `convlstm` go through them in order of time, with a convolutional
+cell at each level. The others look at single pixels.
 
 ## What is missing
 

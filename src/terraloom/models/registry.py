@@ -19,6 +19,7 @@ from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.mapnet import MapNet
 from terraloom.models.pixelwise import PixelNet
+from terraloom.models.recurrent import RecurrentUnet
 from terraloom.models.utae import UTAE
 
 __all__ = [
@@ -41,6 +42,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "fpn": Architecture(FusionNet, FusionSpec),
     "context": Architecture(FusionNet, FusionSpec),
     "utae": Architecture(UTAE, DatedSpec),
+    "convgru": Architecture(RecurrentUnet, DatedSpec),
+    "convlstm": Architecture(RecurrentUnet, DatedSpec),
     "ltae": Architecture(PixelNet, DatedSpec),
     "tempcnn": Architecture(PixelNet, DatedSpec),
     "gru": Architecture(PixelNet, DatedSpec),

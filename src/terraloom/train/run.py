@@ -24,6 +24,7 @@ from terraloom.labels.buffer import buffered
 from terraloom.legend import IGNORE_INDEX, read_legend
 from terraloom.log import get_logger
 from terraloom.models.heads import TaskSpec
+from terraloom.models.temporal import ENCODERS
 from terraloom.state import code_digest
 from terraloom.train.augment import Augmentation
 from terraloom.train.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
         for key, value in free.items():
             log.info("model.%s: %s (%s)", key, value, ruled.reasons[key])
         m = m.model_copy(update=free)
-    single = m.network in ("ltae", "tempcnn", "gru", "presto")
+    single = m.network in ENCODERS
     return FitSettings(
         network=m.network, adapt=m.adapt, width=m.width, depth=m.depth, dropout=m.dropout,
         epochs=m.epochs, batch=m.batch, accumulate=m.accumulate, learning_rate=m.learning_rate,

@@ -24,6 +24,7 @@ from terraloom.io import write_json
 from terraloom.log import get_logger
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
+from terraloom.models.temporal import ENCODERS
 from terraloom.preprocess.groups import group_factor
 from terraloom.train.fit import FitSettings, fit_member
 from terraloom.train.held_out import Validator
@@ -168,7 +169,7 @@ def space_of(base: FitSettings, tasks: Sequence[TaskSpec], chips: xr.Dataset) ->
             d for d in range(max(2, base.depth - 1), min(7, base.depth + 1) + 1)
             if d == base.depth or size % math.lcm(*factors, 2 ** (d - 1)) == 0
         ]  # fmt: skip
-        if network in ("fusion", "fpn", "context", "utae") and len(depths) > 1:
+        if network not in ENCODERS and len(depths) > 1:
             space["depth"] = Choice(tuple(depths))
     rate = base.learning_rate
     space["learning_rate"] = Range(rate / 5, min(1.0, 4 * rate), log=True)
