@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from odc.geo.geobox import GeoBox
 
+from terraloom.bandstats import BandStats
 from terraloom.errors import SceneError, StateError
 
 if TYPE_CHECKING:
@@ -351,8 +352,10 @@ def cog_from_windows(
     scales: Sequence[float] | None = None,
     units: str | None = None,
     overviews: str = "nearest",
-) -> None:
+) -> list[BandStats]:
     """Write a cloud-optimised GeoTIFF window by window: memory is bounded by the window.
+
+    Each band carries the exact statistics of its stored values, as GDAL's ``STATISTICS_*``.
 
     Args:
         path: Final name; written atomically.
@@ -368,6 +371,9 @@ def cog_from_windows(
         scales: Value = stored * scale, per band.
         units: Unit of the scaled value.
         overviews: Resampling of the overviews.
+
+    Returns:
+        Statistics of each band.
     """
     import rasterio
     from rasterio.shutil import copy as raster_copy
@@ -376,6 +382,7 @@ def cog_from_windows(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     h, w = geobox.shape
+    stats = [BandStats(nodata) for _ in range(count)]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-cog-") as folder:
         plain = Path(folder) / "plain.tif"
         profile = {
@@ -392,6 +399,10 @@ def cog_from_windows(
             for rows, cols, data in windows:
                 window = Window.from_slices(rows, cols)
                 dst.write(data, window=window)
+                for band, found in zip(data, stats, strict=True):
+                    found.add(band)
+            for i, found in enumerate(stats, 1):
+                dst.update_tags(i, **found.tags())
         if category_names:
             # GDAL keeps category names of GeoTIFF in a sidecar; COG creation embeds what it can,
             # so the names also travel as a tag and as the sidecar of the final file.
@@ -402,6 +413,7 @@ def cog_from_windows(
                 predictor="YES", overview_resampling=overviews, bigtiff="IF_SAFER",
                 num_threads="1",
             )  # fmt: skip
+    return stats
 
 
 def _write_categories(path: Path, names: Sequence[str]) -> None:

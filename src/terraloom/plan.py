@@ -22,11 +22,20 @@ from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError
 from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import digest_json, write_text
+from terraloom.origin import map_digest
 
-__all__ = ["Plan", "Resolved", "campaign_values", "product_names", "resolve_campaign"]
+__all__ = [
+    "SUFFIXES", "Plan", "Resolved", "campaign_values", "product_names", "product_path",
+    "product_suffix", "resolve_campaign",
+]  # fmt: skip
 
 #: From a tile to its neighbours.
 STEPS = (-1, 0, 1)
+
+#: More tiles than this are indexed in a GeoPackage: a VRT is read whole whenever it is opened.
+VRT_TILES = 1000
+#: How the file of a product may end: one raster, or an index of rasters (see `Products.layout`).
+SUFFIXES = (".tif", ".vrt", ".gti.gpkg")
 
 #: Paths below this folder are made by the run itself, in its own folder.
 RUN_MADE = "resources/"
@@ -118,7 +127,33 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
 def product_names(campaign: Campaign) -> list[str]:
     """Names of the rasters of the map, in the order people look at them."""
     tasks = [t.name for t in campaign.tasks if t.kind is not TaskKind.SEGMENTATION]
-    return ["class_map", "probabilities", "uncertainty", *tasks, "reasons", "image"]
+    sieved = ["class_map_mmu"] if campaign.products.minimum_mapping_unit_ha > 0 else []
+    return ["class_map", *sieved, "probabilities", "uncertainty", *tasks, "reasons", "image"]
+
+
+def product_suffix(campaign: Campaign, name: str, tiles: int) -> str:
+    """How the file of a product ends: ``.tif``, or that of an index over its tiles.
+
+    The sieved map is one raster always: a patch may lie in any number of tiles.
+    """
+    if campaign.products.layout == "mosaic" or name == "class_map_mmu":
+        return ".tif"
+    index = campaign.products.index
+    return ".vrt" if index == "vrt" or (index == "auto" and tiles <= VRT_TILES) else ".gti.gpkg"
+
+
+def product_path(name: str, folder: Path | str = Path("results/map")) -> Path:
+    """The file of a product that is there, whatever the layout; GDAL reads all of them alike.
+
+    Args:
+        name: Name of the product, such as ``class_map``.
+        folder: Folder of the map.
+
+    Returns:
+        The file with one of :data:`SUFFIXES`; the first of them where none is there.
+    """
+    files = [Path(folder) / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((f for f in files if f.is_file()), files[0])
 
 
 def campaign_values(campaign: Campaign, dotted: Sequence[str]) -> dict[str, Any]:
@@ -206,7 +241,16 @@ class Plan:
     @property
     def product_files(self) -> list[str]:
         """Rasters of the map milestone."""
-        return [f"results/map/{name}.tif" for name in product_names(self.campaign)]
+        tiles = len(self.grid.tiles())
+        return [
+            f"results/map/{name}{product_suffix(self.campaign, name, tiles)}"
+            for name in product_names(self.campaign)
+        ]
+
+    @property
+    def polygon_files(self) -> list[str]:
+        """Polygons of the class map."""
+        return ["results/map/class_map.gpkg"] if self.campaign.products.vector else []
 
     @property
     def milestones(self) -> dict[str, list[str]]:
@@ -228,13 +272,18 @@ class Plan:
                 "results/model/metrics.json",
                 *(["results/model/conformal.json"] if self.campaign.uncertainty.sets else []),
             ],
-            "map": [*self.product_files, *final],
+            "map": [*self.product_files, *self.polygon_files, *final],
         }  # fmt: skip
 
     @property
     def digest(self) -> str:
         """Digest of all keys of the campaign, for what prints them."""
         return digest_json(self.campaign.model_dump(mode="json"))
+
+    @property
+    def map_digest(self) -> str:
+        """Digest of the keys that the pixels of the map depend on, which its files carry."""
+        return map_digest(self.campaign)
 
     def keys(self, *dotted: str) -> str:
         """The values of campaign keys as compact JSON, for the params of a rule."""
@@ -267,7 +316,7 @@ class Plan:
         lines = [f"Campaign {self.campaign.name} is done."]
         for what, file in (
             ("report", "results/map/report.html"),
-            ("map", "results/map/class_map.tif"),
+            ("map", product_path("class_map").as_posix()),
             ("scoreboard", "results/map/scoreboard.json"),
         ):
             if (folder / file).exists():

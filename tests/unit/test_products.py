@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from shapely import box
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.products import CODES, NAMES, SCENES, region
+from support.products import campaign as full_campaign
 from terraloom.config.load import parse_campaign
+from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid
-from terraloom.io import read_json, write_store
+from terraloom.io import read_json, sha256, write_store
 from terraloom.predict.products import MAP, mosaic_products
 from terraloom.preprocess.groups import group_factor
 
@@ -94,3 +101,145 @@ def test_a_map_without_colours_has_one_grey_scale_over_all_tiles(
     steps = np.diff(image[0, 10].astype(int))
     assert steps.min() >= 0 and steps.max() <= 3, "no step between the tiles"
     assert image[0, 0, 0] == 1 and image[0, 0, -1] == 255
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CampaignGrid:
+    """A run folder with predicted tiles, entered."""
+    grid = region(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return grid
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished map."""
+    folder = tmp_path_factory.mktemp("finished")
+    grid = region(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        mosaic_products(full_campaign(), grid)
+    return folder / MAP
+
+
+def files() -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(MAP.iterdir())}
+
+
+def test_every_file_says_what_it_was_made_from(finished: Path) -> None:
+    for name in ("class_map", "probabilities", "edge", "image"):
+        with rasterio.open(finished / f"{name}.tif") as src:
+            tags = src.tags()
+        assert tags["TERRALOOM_CAMPAIGN"] == "t" and tags["TERRALOOM_PRODUCT"] == name
+        assert tags["TERRALOOM_SCENES"] == "4" and tags["TERRALOOM_SCENE_IDS"].split() == SCENES
+        assert tags["TERRALOOM_NETWORKS"] == "3" and len(tags["TERRALOOM_LABELS"]) == 16
+        assert tags["TERRALOOM_PERIOD"] == "2023-01-01/2023-12-31"
+
+
+def test_bands_carry_exact_statistics_of_what_is_stored(finished: Path) -> None:
+    for name in ("probabilities", "height", "class_map", "reasons"):
+        with rasterio.open(finished / f"{name}.tif") as src:
+            for i in src.indexes:
+                band = src.read(i, masked=True).astype(np.float64)
+                tags = src.tags(i)
+                assert float(tags["STATISTICS_MEAN"]) == pytest.approx(band.mean(), rel=1e-9)
+                assert float(tags["STATISTICS_STDDEV"]) == pytest.approx(band.std(), rel=1e-6)
+                assert float(tags["STATISTICS_MAXIMUM"]) == pytest.approx(band.max(), rel=1e-9)
+
+
+def test_sixteen_bits_store_finer_probabilities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = [region(tmp_path / n, bits=b) for n, b in (("a", 8), ("b", 16))]
+    read = []
+    for folder, bits, grid in zip(("a", "b"), (8, 16), grids, strict=True):
+        monkeypatch.chdir(tmp_path / folder)
+        mosaic_products(full_campaign(products={"probability_bits": bits}), grid)
+        for name in ("probabilities", "edge"):
+            with rasterio.open(MAP / f"{name}.tif") as src:
+                assert src.scales[0] == pytest.approx({8: 1 / 200, 16: 1 / 10_000}[bits])
+                assert src.nodata == {8: 255, 16: 65_535}[bits]
+                values = src.read(1, masked=True) * src.scales[0]
+        read.append(values)
+    assert (read[0].mask == read[1].mask).all()
+    assert abs(read[0] - read[1]).max() <= 0.5 / 200 + 0.5 / 10_000 + 1e-9
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(StateError, match="probabilities is uint8, not uint16"):
+        mosaic_products(full_campaign(products={"probability_bits": 16}), grids[0])
+
+
+@pytest.mark.parametrize("how", ["bytes", "missing", "other run", "no band", "not a zip"])
+def test_a_bad_tile_is_named_and_the_map_stays_as_it_was(run: CampaignGrid, how: str) -> None:
+    MAP.mkdir(parents=True)
+    (MAP / "class_map.tif").write_bytes(b"earlier")
+    before = files()
+    path = Path("work/predict/x001y001.zip")
+    data = path.read_bytes()
+    if how == "bytes":  # inside the pixels of one of the last variables
+        with zipfile.ZipFile(path) as archive:
+            info = max(archive.infolist(), key=lambda i: i.file_size)
+        at = info.header_offset + 200 + info.file_size // 2
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    elif how == "missing":
+        path.unlink()
+    elif how == "not a zip":
+        path.write_bytes(b"<html>quota exceeded</html>")
+    else:
+        store = xr.open_zarr(zip_store(path), consolidated=False).load()
+        if how == "no band":
+            store = store.drop_vars("uncertainty")
+        else:
+            store.attrs["digest"] = "older"
+        write_store(path, store)
+    with pytest.raises(StateError) as caught:
+        mosaic_products(full_campaign(grid={"tile_px": 96, "tiles_per_job": 2}), run)
+    told = str(caught.value)
+    assert "1 of 5 predicted tiles" in told and "x001y001: " in told
+    assert "rm work/predict/x001y001.zip work/predict/b0001.json" in told
+    assert files() == before, "no product is touched"
+    assert not list(MAP.glob(".tmp-*"))
+
+
+def zip_store(path: Path) -> Any:
+    import zarr
+
+    return zarr.storage.ZipStore(path, mode="r")
+
+
+def test_a_damaged_cube_under_the_picture_is_named(run: CampaignGrid) -> None:
+    path = Path("work/cube/x001y001.zip")
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda i: i.file_size)
+    data = path.read_bytes()
+    at = info.header_offset + 200 + info.file_size // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    with pytest.raises(StateError, match=r"work/cube/x001y001.zip: the file is damaged"):
+        mosaic_products(full_campaign(), run)
+    assert not MAP.exists() or not list(MAP.iterdir())
+
+
+def test_how_a_map_is_divided_into_jobs_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for name, jobs in (("a", 1), ("b", 5)):
+        grid = region(tmp_path / name, per_job=jobs)
+        monkeypatch.chdir(tmp_path / name)
+        settings = {"grid": {"tile_px": 96, "tiles_per_job": jobs}, "predict": {"threads": jobs}}
+        mosaic_products(full_campaign(**settings), grid)
+        made.append(files())
+    assert made[0] == made[1]
+
+
+def test_facts_hold_the_digest_of_every_product(finished: Path) -> None:
+    facts = read_json(finished / "map.json")
+    assert list(facts["products"]) == sorted(
+        ["class_map", "probabilities", "uncertainty", "edge", "height", "reasons", "image"]
+    )
+    for entry in facts["products"].values():
+        assert sha256(finished / entry["file"]) == entry["sha256"]
+    with rasterio.open(finished / "class_map.tif") as src:
+        assert set(np.unique(src.read(1))) == {0, *CODES}
+        assert src.colormap(1)[5] == (217, 180, 74, 255)
+    names = (finished / "class_map.tif.aux.xml").read_text()
+    assert "Wald &amp; Busch" in names and NAMES[2] in names

@@ -23,8 +23,6 @@ from support.fake_results import LEGEND, SCENES, fake_campaign, fake_results
 from terraloom.errors import StateError
 from terraloom.grid import geobox_record
 from terraloom.io import read_json, write_json, write_raster
-from terraloom.legend import Legend
-from terraloom.predict.qgis import class_map_qml, write_class_map_qml
 from terraloom.report import charts, facts, figures, formats, panels, scores
 from terraloom.report import page as page_module
 from terraloom.report.page import build_report
@@ -488,26 +486,6 @@ def test_only_defects_are_reasons_for_gaps():
     record = {"valid_pct": 97.0, "reason_pct": {"water": 40, "filled": 9, "clear": 97, "cloud": 3}}
     assert panels.main_reason(record) == "The rest is empty mostly because of: cloud."
     assert panels.main_reason({"valid_pct": 100, "reason_pct": {}}) == ""
-
-
-# ------------------------------------------------------------------ QGIS
-
-
-def test_qgis_style_lists_every_class_and_is_xml(tmp_path: Path):
-    from xml.etree import ElementTree
-
-    legend = Legend((1, 4), ('Built-up & "bare"', "Wald <Laub>"), ("#aa0000", "#00bb00"))
-    path = write_class_map_qml(tmp_path / "class_map.tif", legend)
-    assert path == tmp_path / "class_map.qml"
-    root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
-    renderer = root.find("pipe/rasterrenderer")
-    assert renderer is not None and renderer.get("type") == "paletted"
-    entries = [e.attrib for e in renderer.iter("paletteEntry")]
-    assert [(e["value"], e["label"], e["color"]) for e in entries] == [
-        ("1", 'Built-up & "bare"', "#aa0000"),
-        ("4", "Wald <Laub>", "#00bb00"),
-    ]
-    assert class_map_qml(legend) == path.read_text(encoding="utf-8")
 
 
 def test_a_label_of_several_parts_counts_once(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ rule predict_tiles:
         mem_mb=mem_mb(3000),
         runtime=minutes(240),
     params:
-        config=keys("aoi", "grid", "tasks", "predict"),
+        config=keys("aoi", "grid", "tasks", "predict", "products.probability_bits"),
         code=code_digest("predict.engine"),
     message:
         "Predict the tiles of {wildcards.batch}"
@@ -28,7 +28,10 @@ rule predict_tiles:
 
 rule mosaic_products:
     input:
+        CARDS,
         tiles=expand("work/predict/{batch}.json", batch=BATCHES),
+        lock="results/scenes/items.json",
+        labels="results/chips/folds.gpkg",
     output:
         PLAN.product_files,
         map="results/map/map.json",
@@ -41,7 +44,7 @@ rule mosaic_products:
         mem_mb=mem_mb(2000),
         runtime=minutes(120),
     params:
-        config=keys("name", "aoi", "grid", "tasks", "cube"),
+        config=PLAN.map_digest,
         code=code_digest("predict.products"),
     message:
         "Join the tiles into cloud-optimised products"

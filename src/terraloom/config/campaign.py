@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from terraloom.config.base import Name, Section, TaskKind
 from terraloom.config.labels import Chips, Folds, Task
 from terraloom.config.model import Model
+from terraloom.config.products import Products
 from terraloom.config.simulation import Simulation
 
 __all__ = [
@@ -353,6 +354,7 @@ class Campaign(Section):
     model: Model = Field(default_factory=Model, description="Networks and training.")
     predict: Predict = Field(default_factory=Predict, description="Prediction.")
     uncertainty: Uncertainty = Field(default_factory=Uncertainty, description="Sets and intervals.")
+    products: Products = Field(default_factory=Products, description="Files of the map.")
     sample: Sample | None = Field(
         None,
         description="Probability sample; without one the areas are map areas, not estimates.",

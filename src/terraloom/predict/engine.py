@@ -47,7 +47,7 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
             read_json(card_path(file)), reader.channels, task_specs(campaign), where=str(file)
         )
     tiles = grid.batches(campaign.grid.tiles_per_job)[batch]
-    code = code_digest("predict.engine")
+    code, bits = code_digest("predict.engine"), campaign.products.probability_bits
     cubes = {
         name: record["digest"]
         for file in sorted(CUBES.glob("b*.json"))
@@ -61,7 +61,7 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
         around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))
         near = {n: cubes[n] for n in around if n in cubes}
         tasks = [t.model_dump(mode="json") for t in campaign.tasks]
-        digest = digest_json([code, ensemble.digest, near, tasks])
+        digest = digest_json([code, ensemble.digest, near, tasks, bits])
         if path.exists() and read_store(path).attrs.get("digest") == digest:
             log.info("tile %s: finished before, kept", tile.name)
         else:
@@ -115,7 +115,7 @@ def predict_tile(
         for name, values in ensemble.predict({g: x[None] for g, x in inputs.items()}).items()
     }
     valid = (reasons & np.uint8(INVALID)) == 0
-    layers = Layers(campaign.tasks, ensemble.calibrations)
+    layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits)
     data: dict[str, Any] = {"reasons": (("y", "x"), reasons)}
     for name, values in layers.encode(raw, valid).items():
         data[name] = (layers.dims(name, values.ndim), values)

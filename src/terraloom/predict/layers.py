@@ -12,21 +12,16 @@ import numpy.typing as npt
 from terraloom.config.base import TaskKind
 from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
+from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode
 from terraloom.train.ensemble import Calibration, calibrated
 from terraloom.uncertainty.decompose import (
-    ENTROPY_NODATA,
     decompose_entropy,
     decompose_regression,
     encode_entropy,
 )
 
-__all__ = [
-    "ENTROPY_NODATA", "PROBABILITY_NODATA", "PROBABILITY_STEPS", "REGRESSION_NODATA", "Layers",
-]  # fmt: skip
+__all__ = ["REGRESSION_NODATA", "Layers"]
 
-#: Probabilities are stored as uint8 0..200 for 0..1; 255 is no data.
-PROBABILITY_STEPS = 200
-PROBABILITY_NODATA = 255
 REGRESSION_NODATA = -9999.0
 #: Rows of a window whose probabilities are calibrated at once.
 _STRIP_ROWS = 8
@@ -44,10 +39,12 @@ class Layers:
     Attributes:
         tasks: Tasks of the campaign.
         calibrations: Per segmentation task.
+        probability_bits: Of stored probabilities, 8 or 16.
     """
 
     tasks: Sequence[Task]
     calibrations: Mapping[str, Calibration]
+    probability_bits: int = 8
 
     def encode(self, values: Mapping[str, F32], valid: Valid) -> dict[str, npt.NDArray[Any]]:
         """Layers of a window, encoded as in the products.
@@ -61,14 +58,15 @@ class Layers:
             ``uncertainty``, and one of the name of each further task.
         """
         out: dict[str, npt.NDArray[Any]] = {}
+        code = PROBABILITY_CODES[self.probability_bits]
         for task in self.tasks:
             members = values[task.name]
             if task.kind is TaskKind.SEGMENTATION:
-                out.update(_classes(members, self.calibrations[task.name], valid))
+                out.update(_classes(members, self.calibrations[task.name], code, valid))
             elif task.kind is TaskKind.REGRESSION:
                 out[task.name] = _regression(members, valid, task.range)
             else:
-                out[task.name] = _encode(members.mean(axis=0)[0], valid)
+                out[task.name] = code.encode(members.mean(axis=0)[0], valid)
         return out
 
     @staticmethod
@@ -77,7 +75,9 @@ class Layers:
         return ("y", "x") if ndim == 2 else (_FIRST.get(name, "part"), "y", "x")
 
 
-def _classes(members: F32, calibration: Calibration, valid: Valid) -> dict[str, npt.NDArray[Any]]:
+def _classes(
+    members: F32, calibration: Calibration, code: ProbabilityCode, valid: Valid
+) -> dict[str, npt.NDArray[Any]]:
     sharp = np.empty(members.shape, np.float32)
     # Calibration works in float64: strips stay in cache, copies of the whole ensemble would not.
     for row in range(0, members.shape[2], _STRIP_ROWS):
@@ -91,15 +91,9 @@ def _classes(members: F32, calibration: Calibration, valid: Valid) -> dict[str, 
                  (parts.total, parts.aleatoric, parts.epistemic)]  # fmt: skip
     return {
         "class_index": index,
-        "probabilities": np.stack([_encode(p, valid) for p in parts.mean]),
+        "probabilities": np.stack([code.encode(p, valid) for p in parts.mean]),
         "uncertainty": np.stack(entropies),
     }
-
-
-def _encode(probability: F32, valid: Valid) -> npt.NDArray[np.uint8]:
-    code = np.rint(np.clip(probability, 0, 1) * PROBABILITY_STEPS).astype(np.uint8)
-    code[~valid] = PROBABILITY_NODATA
-    return code
 
 
 def _regression(members: F32, valid: Valid, allowed: tuple[float, float] | None) -> F32:

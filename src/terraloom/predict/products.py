@@ -1,126 +1,91 @@
-"""From predicted tiles to products: one cloud-optimised raster each, and the facts about the map.
+"""From predicted tiles to products: cloud-optimised rasters, and the facts about the map.
 
-Rasters are written tile by tile: memory is bounded by the tile, not by the region.
+Rasters are written tile by tile: memory is bounded by the tile, not by the region. All files are
+made beside the final ones and moved when the last is done, so the map is never half of one run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.config.labels import Task
 from terraloom.grid import CampaignGrid, Tile, geobox_record, row_areas_m2, window_of
-from terraloom.io import cog_from_windows, read_store, sha256, write_json, write_text
+from terraloom.io import cog_from_windows, read_store, sha256, write_json
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
-from terraloom.plan import product_names
-from terraloom.predict.engine import CUBES, TILES
-from terraloom.predict.layers import (
-    ENTROPY_NODATA,
-    PROBABILITY_NODATA,
-    PROBABILITY_STEPS,
-    REGRESSION_NODATA,
-)
-from terraloom.predict.picture import Picture, paint, plan_picture
-from terraloom.predict.qgis import class_map_qml
+from terraloom.origin import TAG, map_tags
+from terraloom.plan import SUFFIXES, product_names, product_path
+from terraloom.predict.engine import TILES
+from terraloom.predict.picture import Picture
+from terraloom.predict.qgis import write_styles
+from terraloom.predict.specs import Spec, product_specs
+from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
 from terraloom.preprocess.reasons import Reason
 
 __all__ = ["MAP", "mosaic_products"]
 
 MAP = Path("results/map")
-#: Product value of pixels outside the AOI's tiles in the reasons raster.
-_OUTSIDE = np.uint8(Reason.NODATA)
 
 Windows = Iterator[tuple[slice, slice, npt.NDArray[Any]]]
 log = get_logger(__name__)
 
 
 def mosaic_products(campaign: Campaign, grid: CampaignGrid) -> None:
-    """Write all rasters of the map and ``map.json``."""
+    """Write all rasters of the map, their styles and ``map.json``.
+
+    Raises:
+        StateError: A predicted tile is missing or damaged; the products stay as they were.
+    """
     legend = read_legend(str(campaign.land_cover.classes))
-    tags = {"terraloom:campaign": campaign.name}
-    picture = plan_picture(_cube(tile) for tile in grid.tiles())
-    for name in product_names(campaign):
-        path = MAP / f"{name}.tif"
-        task = next((t for t in campaign.tasks if t.name == name), None)
-        options = _options(name, task, legend)
-        read = _reader(name, legend, picture)
-        windows = _windows(grid, read, int(options["count"]), options["dtype"], options["nodata"])
-        cog_from_windows(path, grid.geobox, windows, tags=tags, **options)
-        log.info("wrote %s", path)
-    write_text(MAP / "class_map.qml", class_map_qml(legend))
+    specs = product_specs(campaign, legend)
+    check_tiles(campaign, grid, specs, grid.tiles())
+    picture = picture_of(grid)
+    MAP.mkdir(parents=True, exist_ok=True)
+    for left in MAP.glob(".tmp-map-*"):  # of a job that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=MAP, prefix=".tmp-map-") as made:
+        folder = Path(made)
+        _one_each(folder, grid, legend, specs, picture, map_tags(campaign))
+        write_styles(folder, legend, specs)
+        _publish(folder, specs)
     write_json(MAP / "map.json", _facts(campaign, grid, legend, picture))
 
 
-def _options(name: str, task: Task | None, legend: Legend) -> dict[str, Any]:
-    if name == "class_map":
-        return {
-            "count": 1, "dtype": "uint8", "nodata": NODATA_CODE, "band_names": ["class"],
-            "colormap": legend.colormap(), "category_names": legend.category_names(),
-            "overviews": "mode",
-        }  # fmt: skip
-    if name == "probabilities":
-        return {
-            "count": len(legend), "dtype": "uint8", "nodata": PROBABILITY_NODATA,
-            "band_names": list(legend.names), "scales": [1 / PROBABILITY_STEPS] * len(legend),
-            "overviews": "average",
-        }  # fmt: skip
-    if name == "uncertainty":
-        step = float(np.log(len(legend)) / PROBABILITY_STEPS)
-        return {
-            "count": 3, "dtype": "uint8", "nodata": ENTROPY_NODATA, "scales": [step] * 3,
-            "band_names": ["total", "aleatoric", "epistemic"], "units": "nat",
-            "overviews": "average",
-        }  # fmt: skip
-    if name == "reasons":
-        return {"count": 1, "dtype": "uint8", "nodata": None, "band_names": ["reasons"],
-                "overviews": "nearest"}  # fmt: skip
-    if name == "image":
-        return {"count": 3, "dtype": "uint8", "nodata": 0, "band_names": ["red", "green", "blue"],
-                "overviews": "average"}  # fmt: skip
-    if task is not None and task.kind is TaskKind.REGRESSION:
-        return {
-            "count": 3, "dtype": "float32", "nodata": REGRESSION_NODATA, "units": task.unit or None,
-            "band_names": ["mean", "sd_aleatoric", "sd_epistemic"], "overviews": "average",
-        }  # fmt: skip
-    return {"count": 1, "dtype": "uint8", "nodata": PROBABILITY_NODATA, "overviews": "average",
-            "scales": [1 / PROBABILITY_STEPS], "band_names": ["boundary probability"]}  # fmt: skip
+def _one_each(
+    folder: Path, grid: CampaignGrid, legend: Legend, specs: dict[str, Spec], picture: Picture,
+    tags: dict[str, str],
+) -> None:  # fmt: skip
+    """One raster per product, of all tiles."""
+    for name, spec in specs.items():
+        windows = _windows(grid, tile_reader(name, legend, picture), spec)
+        cog_from_windows(
+            folder / f"{name}.tif", grid.geobox, windows,
+            tags=tags | {f"{TAG}PRODUCT": name}, **spec.options(),
+        )  # fmt: skip
 
 
-def _cube(tile: Tile) -> Any:
-    return read_store(CUBES / f"{tile.name}.zip")
+def _publish(folder: Path, specs: Iterable[str]) -> None:
+    """Move all files to the map; what another layout left of the same products goes."""
+    made = {f.name for f in folder.iterdir()}
+    for name in {*specs, "class_map_mmu"}:
+        for suffix in SUFFIXES:
+            for file in MAP.glob(f"{name}{suffix}*"):
+                if file.name not in made:
+                    file.unlink()
+    for name in sorted(made):
+        (folder / name).replace(MAP / name)
+        log.info("wrote %s", MAP / name)
 
 
-def _reader(name: str, legend: Legend, picture: Picture) -> Callable[[Tile], npt.NDArray[Any]]:
-    codes = np.full(256, NODATA_CODE, np.uint8)
-    codes[: len(legend)] = legend.codes
-    codes[IGNORE_INDEX] = NODATA_CODE
-
-    def read(tile: Tile) -> npt.NDArray[Any]:
-        if name == "image":
-            return paint(picture, _cube(tile), tile.geobox.shape)
-        store = read_store(TILES / f"{tile.name}.zip")
-        if name == "class_map":
-            mapped: npt.NDArray[Any] = codes[store["class_index"].to_numpy()][None]
-            return mapped
-        values: npt.NDArray[Any] = store[name].to_numpy()
-        return values if values.ndim == 3 else values[None]
-
-    return read
-
-
-def _windows(
-    grid: CampaignGrid, read: Callable[[Tile], npt.NDArray[Any]], count: int, dtype: str,
-    nodata: float | None,
-) -> Windows:  # fmt: skip
-    """Tiles of the AOI with their data; cells outside the AOI with nodata."""
-    fill = _OUTSIDE if nodata is None else nodata
+def _windows(grid: CampaignGrid, read: Callable[[Tile], npt.NDArray[Any]], spec: Spec) -> Windows:
+    """Tiles of the AOI with their data; cells outside the AOI with no data."""
     h, w = grid.geobox.shape
     inside = {(t.column, t.row) for t in grid.tiles()}
     for row in range(-(-h // grid.tile_px)):
@@ -130,7 +95,8 @@ def _windows(
             if (column, row) in inside:
                 yield rows, cols, read(tile)
             else:
-                yield rows, cols, np.full((count, *tile.geobox.shape), fill, dtype)
+                shape = (spec.count, *tile.geobox.shape)
+                yield rows, cols, np.full(shape, spec.outside, spec.dtype)
 
 
 def _facts(
@@ -169,7 +135,7 @@ def _facts(
             for code, name, color in zip(legend.codes, legend.names, legend.colors, strict=True)
         ],
         "products": {
-            n: {"file": f"{n}.tif", "sha256": sha256(MAP / f"{n}.tif")}
+            n: {"file": (path := product_path(n, MAP)).name, "sha256": sha256(path)}
             for n in product_names(campaign)
         },
     }  # fmt: skip

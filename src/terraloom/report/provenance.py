@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from terraloom import __version__
-from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
-from terraloom.io import digest_json, read_json, sha256
+from terraloom.io import read_json, sha256
+from terraloom.origin import config_digest, used_scenes
 
 __all__ = [
     "config_digest",
@@ -30,11 +30,6 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def config_digest(campaign: Campaign) -> str:
-    """Digest of every setting of a campaign, defaults included."""
-    return digest_json(campaign.model_dump(mode="json"))
-
-
 def versions() -> dict[str, str]:
     """Versions of Terraloom, Python and the packages that do the arithmetic, where installed."""
     found = {"terraloom": __version__, "python": platform.python_version()}
@@ -50,17 +45,6 @@ def weights(results_dir: Path) -> dict[str, str]:
     """SHA-256 of the weights of every network, by path below ``results/model``."""
     root = Path(results_dir) / "model"
     return {p.relative_to(root).as_posix(): sha256(p) for p in sorted(root.rglob("*.safetensors"))}
-
-
-def used_scenes(results_dir: Path) -> list[str]:
-    """Ids of the scenes that the cube was made from, in the order of the lock.
-
-    Raises:
-        StateError: The lock of scenes is missing or holds no items.
-    """
-    lock = Path(results_dir) / "scenes" / "items.json"
-    items = need(read_json(lock), "items", lock)
-    return [str(i.get("id")) for i in items if i.get("decision", "use") == "use"]
 
 
 def need(record: Any, key: str, where: Path) -> Any:
