@@ -265,7 +265,9 @@ def _ranked(logp: Tensor, target: Tensor) -> Tensor:
     """Ranked probability score, 0-1: a class d steps away costs d / (K - 1) when sure."""
     k = logp.shape[1]
     t = F.one_hot(target, k).to(logp) if target.ndim == 1 else target
-    return ((logp.exp() - t).cumsum(1)[:, :-1] ** 2).sum(1) / (k - 1)
+    # As a product: a running sum has no repeatable form on GPUs.
+    below = logp.new_ones((k, k - 1)).triu()
+    return (((logp.exp() - t) @ below) ** 2).sum(1) / (k - 1)
 
 
 def select_small(loss: Tensor, keep: float, target: Tensor | None = None) -> Tensor:

@@ -246,14 +246,19 @@ class MapNet(nn.Module):
     def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Physical predictions per task; the network must be in evaluation mode.
 
+        Args:
+            inputs: See :meth:`prepare`; they are moved to where the network is.
+
         Returns:
-            Segmentation: class probabilities (N, K, h, w). Regression: mean and variance in the
-            task's unit (N, 2, h, w). Boundary: probability (N, 1, h, w).
+            On the network's device. Segmentation: class probabilities (N, K, h, w). Regression:
+            mean and variance in the task's unit (N, 2, h, w). Boundary: probability (N, 1, h, w).
         """
         if self.training:
             raise ModelError("the network is in training mode", fix="call .eval() before predict")
         out: dict[str, Tensor] = {}
-        for name, raw in self(inputs).items():
+        device = next(self.parameters()).device
+        moved = {g: x.to(device, non_blocking=True) for g, x in inputs.items()}
+        for name, raw in self(moved).items():
             head: Any = self.heads[name]
             if isinstance(head, Head):
                 out[name] = head.physical(raw)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from terraloom.io import atomic
 from terraloom.log import get_logger
 from terraloom.models.balance import Balance
 
-__all__ = ["Checkpoint", "Progress"]
+__all__ = ["Checkpoint", "Progress", "random_states", "set_random_states"]
 
 log = get_logger(__name__)
 
@@ -37,6 +38,23 @@ class Stream(Protocol):
         """Go on from there."""
 
 
+def random_states(net: torch.nn.Module) -> dict[str, Tensor]:
+    """States of torch's own random streams that a network draws from, by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    device = next(net.parameters()).device
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(net: torch.nn.Module, states: Mapping[str, Tensor]) -> None:
+    """Let a network draw on from :func:`random_states`; of another kind of device, anew."""
+    torch.set_rng_state(states["cpu"])
+    device = next(net.parameters()).device
+    if device.type in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 @dataclass
 class Progress:
     """All that a training changes from step to step.
@@ -49,6 +67,7 @@ class Progress:
         draws: Random stream of the batches; dropout draws from torch's own stream.
         history: Loss per task and step.
         balance: How the losses are weighed; holds the first loss of each task.
+        scaler: Factor of the gradients in fp16.
         step: Steps that are done.
         scores: Score of the validation fold per epoch.
         best: Averaged state of the best epoch; empty without early stopping.
@@ -63,6 +82,7 @@ class Progress:
     draws: Stream
     history: dict[str, list[float]]
     balance: Balance
+    scaler: torch.amp.GradScaler  # type: ignore[name-defined]
     step: int = 0
     scores: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -96,11 +116,13 @@ class Checkpoint:
         moments = now.optimiser.state_dict()
         for i, values in moments["state"].items():
             tensors |= {f"moment.{i}.{k}": v for k, v in values.items()}
-        tensors |= {"random.torch": torch.get_rng_state(), "random.draws": now.draws.get_state()}
+        tensors |= {f"random.{k}": v for k, v in random_states(now.net).items()}
+        tensors["draws"] = now.draws.get_state()
         header = {
             "origin": self.origin, "step": now.step, "history": now.history,
             "groups": moments["param_groups"], "schedule": now.schedule.state_dict(),
             "scores": now.scores, "chosen": now.chosen, "ended": now.ended,
+            "scaler": now.scaler.state_dict(),
         }  # fmt: skip
         with atomic(self.path) as tmp:
             save_file(
@@ -137,8 +159,10 @@ class Checkpoint:
                 if value.shape == weight.shape:
                     values[name] = torch.empty_like(weight).copy_(value).detach()
         now.schedule.load_state_dict(header["schedule"])
-        torch.set_rng_state(tensors["random.torch"])
-        now.draws.set_state(tensors["random.draws"])
+        if header["scaler"] and now.scaler.is_enabled():
+            now.scaler.load_state_dict(header["scaler"])
+        set_random_states(now.net, part("random."))
+        now.draws.set_state(tensors["draws"])
         now.history.update(header["history"])
         now.balance.load(part("balance."))
         now.step = int(header["step"])

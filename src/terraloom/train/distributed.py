@@ -54,9 +54,23 @@ class World:
 
 
 def join_world(device: torch.device) -> World:
-    """The processes that ``torchrun`` has started; one alone without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """The processes that ``torchrun`` has started; one alone without it.
+
+    Each takes a GPU of its own.
+
+    Raises:
+        ModelError: Fewer GPUs than processes on this machine.
+    """
+    if "WORLD_SIZE" not in os.environ:
         return World()
+    if device.type == "cuda":
+        here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if here >= gpus:
+            raise ModelError(
+                f"process {here + 1} on a machine with {gpus} GPUs", where="model.processes",
+                allowed=f"1 to {gpus} with model.device: cuda", fix="set model.device to cpu",
+            )  # fmt: skip
+        torch.cuda.set_device(here)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size())

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import FoldError
+from terraloom.models.devices import choose_device
 from terraloom.models.fusion import FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, class_weights
@@ -165,7 +166,8 @@ def fit_member(
     stream = np.random.SeedSequence([seed, held_out_fold, member]).generate_state(2, np.uint64)
     # Initial weights and dropout draw from torch's global stream: it is forked, so that neither
     # the caller's stream nor another member's is touched.
-    with torch.random.fork_rng(devices=[]):
+    cuda = choose_device(settings.device).type == "cuda"
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         torch.manual_seed(int(stream[0] >> 1))
         normalisation = normalisation_of(chips, spec, held_out_fold)
         net = build(spec, normalisation)

@@ -108,7 +108,7 @@ def predict_held_out(
             true[name].append(labels[name].reshape(-1)[pick])
         for m, net in enumerate(members):
             for name, p in net.predict(x).items():
-                got[name][m].append(p.permute(0, 2, 3, 1).flatten(0, 2)[picks[name]])
+                got[name][m].append(p.cpu().permute(0, 2, 3, 1).flatten(0, 2)[picks[name]])
     out: dict[str, HeldOut] = {}
     for t in tasks:
         n = len(index[t.name])
@@ -157,13 +157,11 @@ class Validator:
 
     def __call__(self, net: MapNet) -> float:
         """The score; the network must be in evaluation mode."""
-        device = next(net.parameters()).device
         sums = {t.name: _Sums(t) for t in self._tasks}
         for start in range(0, len(self._rows), 4):
             part = self._chips.isel(n=self._rows[start : start + 4]).load()
             labels = _labelled(part, self._tasks, self._fold)
-            x = {g: v.to(device) for g, v in inputs_of(part).items()}
-            for name, p in net.predict(x).items():
+            for name, p in net.predict(inputs_of(part)).items():
                 sums[name].add(p.cpu(), labels[name])
         scores = [v for v in (s.score() for s in sums.values()) if np.isfinite(v)]
         return float(np.mean(scores)) if scores else float("nan")

@@ -19,17 +19,19 @@ from torch import Tensor
 from terraloom.errors import ModelError
 from terraloom.log import get_logger
 from terraloom.models.balance import Balance, make_balance
+from terraloom.models.devices import choose_device, number_of
 from terraloom.models.losses import MultiTaskLoss
 from terraloom.models.mapnet import MapNet
-from terraloom.train.checkpoint import Checkpoint, Progress
+from terraloom.train.checkpoint import Checkpoint, Progress, random_states, set_random_states
 from terraloom.train.distributed import World, gathered, mean_of, share_gradients, synchronise
 from terraloom.train.sampler import Batch, Prefetch, Sampler
 
-__all__ = ["LoopSettings", "Trained", "choose_device", "follow", "train"]
+__all__ = ["LoopSettings", "Trained", "follow", "train"]
 
 log = get_logger(__name__)
 
-_NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Factor of the gradients in fp16 at first, and steps after which it doubles: trainings are short.
+_SCALE, _DOUBLE_AFTER = 1024.0, 100
 
 
 @dataclass(frozen=True)
@@ -79,34 +81,6 @@ class Trained:
     epoch: int
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that ``model.device`` names.
-
-    Raises:
-        ModelError: A GPU is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            "no GPU that torch can use", where="model.device: cuda", allowed="auto, cpu",
-            fix="set model.device to auto, or install a CUDA build of torch on a machine with a "
-            "GPU",
-        )  # fmt: skip
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
-def _number(precision: str, device: torch.device) -> torch.dtype | None:
-    """Number format of the forward pass; None: as the weights are."""
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else None
-    if precision == "fp16" and device.type == "cpu":
-        raise ModelError("fp16 on a processor", where="model.precision",
-                         allowed="auto, fp32, bf16")  # fmt: skip
-    return _NUMBERS.get(precision)
-
-
 class _Step:
     """One optimiser step: forward and backward of its batches."""
 
@@ -117,10 +91,18 @@ class _Step:
         self.net, self.loss, self.world, self.device = net, loss, world, device
         self.balance = balance
         self.share, self.accumulate = world.share(s.batch), s.accumulate
-        self.number = _number(s.precision, device)
+        self.number = number_of(s.precision, device)
         self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            device.type, enabled=self.number is torch.float16
-        )
+            device.type, _SCALE, growth_interval=_DOUBLE_AFTER,
+            enabled=self.number is torch.float16,
+        )  # fmt: skip
+
+    def scale(self) -> float:
+        """Factor of the gradients in mixed precision."""
+        if not self.scaler.is_enabled():
+            return 1.0
+        # The scaler sets itself up when it first scales something.
+        return float(self.scaler.scale(torch.ones((), device=self.device)))
 
     def forward(self, batch: Batch, done: float) -> dict[str, Tensor]:
         """Loss of each task over the whole batch."""
@@ -140,7 +122,7 @@ class _Step:
         """Losses per task, the windows, and whether everything stayed finite."""
         losses: dict[str, list[float]] = {}
         where: list[tuple[int, int, int]] = []
-        some = False
+        some, scale = False, self.scale()
         optimiser.zero_grad(set_to_none=True)
         for _ in range(self.accumulate):
             batch = take()
@@ -152,14 +134,15 @@ class _Step:
                 return _means(losses), where, False
             some = some or bool(each)
             self.balance.backward(
-                each, self.net, scale=self.scaler.get_scale() / self.accumulate,
+                each, self.net, scale=scale / self.accumulate,
                 join=lambda j: mean_of(j, self.world),
             )  # fmt: skip
         if some:
             share_gradients(self.net.parameters(), self.world)
             self.scaler.unscale_(optimiser)
             norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
-            if not bool(torch.isfinite(norm)) and not self.scaler.is_enabled():
+            # In fp16 a factor that is too large shows so: the step is left out, the factor halved.
+            if scale <= 1 and not bool(torch.isfinite(norm)):
                 return _means(losses), where, False
             self.scaler.step(optimiser)
             self.scaler.update()
@@ -206,7 +189,9 @@ def train(
     # OneCycleLR divides by zero where its rise takes exactly one step.
     rise = 0.2 if steps != 5 else 0.3
     balance = make_balance(s.balance, net.spec.tasks)
-    rest += balance.parameters()
+    for p in balance.parameters():
+        p.data = p.data.to(device)
+        rest.append(p)
     optimiser = torch.optim.AdamW(
         [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=s.learning_rate,
@@ -218,8 +203,9 @@ def train(
     history: dict[str, list[float]] = {t.name: [] for t in net.spec.tasks}
     step_of = _Step(net, loss, s, device, alone, balance)
     probe = copy.deepcopy(net).eval() if score is not None else None
-    with Prefetch(sampler, s.batch) as batches:
-        now = Progress(net, average, optimiser, schedule, batches, history, balance)
+    with Prefetch(sampler, s.batch, pin=device.type == "cuda") as batches:
+        now = Progress(net, average, optimiser, schedule, batches, history, balance,
+                       step_of.scaler)  # fmt: skip
         if checkpoint is not None:
             checkpoint.restore(now)
         net.train()
@@ -251,18 +237,18 @@ class _Before:
 
     statistics: list[Tensor]
     draws: Tensor
-    torch: Tensor
+    own: dict[str, Tensor]
 
     @classmethod
     def of(cls, net: MapNet, batches: Prefetch) -> _Before:
         kept = [b.clone() for b in net.buffers()]
-        return cls(kept, batches.get_state(), torch.get_rng_state())
+        return cls(kept, batches.get_state(), random_states(net))
 
     def back(self, net: MapNet, batches: Prefetch) -> None:
         for now, then in zip(net.buffers(), self.statistics, strict=True):
             now.copy_(then)
         batches.set_state(self.draws)
-        torch.set_rng_state(self.torch)
+        set_random_states(net, self.own)
 
 
 def _judge(

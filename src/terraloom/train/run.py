@@ -23,6 +23,7 @@ from terraloom.io import digest_json, read_json, read_store, sha256
 from terraloom.labels.buffer import buffered
 from terraloom.legend import IGNORE_INDEX, read_legend
 from terraloom.log import get_logger
+from terraloom.models.devices import be_exact, choose_device
 from terraloom.models.heads import TaskSpec
 from terraloom.models.temporal import ENCODERS
 from terraloom.state import code_digest
@@ -31,7 +32,6 @@ from terraloom.train.checkpoint import Checkpoint
 from terraloom.train.cleaning import TrainingWeights, label_rules, training_weights
 from terraloom.train.distributed import World, join_world, leave_world
 from terraloom.train.fit import FitSettings, fit_member, save_fit
-from terraloom.train.loop import choose_device
 from terraloom.train.preset import preset
 from terraloom.train.search import search
 
@@ -145,8 +145,9 @@ def train_member(campaign: Campaign, fold: int, member: int) -> None:
         _run_together(campaign.model.processes)
         return
     torch.set_num_threads(1)  # more threads change the order of sums; jobs run side by side
-    torch.use_deterministic_algorithms(True)
-    world = join_world(choose_device(campaign.model.device))
+    device = choose_device(campaign.model.device)
+    be_exact(device)
+    world = join_world(device)
     try:
         _train(campaign, fold, member, world)
     finally:

@@ -49,13 +49,18 @@ class Batch:
         """The same on a device."""
         if device.type == "cpu":
             return self
+        return self._each(lambda v: v.to(device, non_blocking=True))
 
-        def moved(part: dict[Key, Tensor]) -> dict[Key, Tensor]:
-            return {k: v.to(device, non_blocking=True) for k, v in part.items()}
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU reads by itself: nothing waits for the copy."""
+        return self._each(lambda v: v.pin_memory())
 
-        return Batch(
-            moved(self.x), moved(self.y), moved(self.w), moved(self.soft), self.where
-        )  # fmt: skip
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(part: dict[Key, Tensor]) -> dict[Key, Tensor]:
+            return {k: change(v) for k, v in part.items()}
+
+        return Batch(changed(self.x), changed(self.y), changed(self.w), changed(self.soft),
+                     self.where)  # fmt: skip
 
 
 class Sampler:
@@ -208,10 +213,11 @@ class Prefetch:
     Args:
         sampler: Draws the batches.
         size: Windows per batch (count).
+        pin: Batches are for a GPU; see :meth:`Batch.pinned`.
     """
 
-    def __init__(self, sampler: Sampler, size: int) -> None:
-        self._sampler, self._size = sampler, size
+    def __init__(self, sampler: Sampler, size: int, *, pin: bool = False) -> None:
+        self._sampler, self._size, self._pin = sampler, size, pin
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, "batches", torch.set_num_threads, (threads,))
         self._next: Future[Batch] | None = None
@@ -238,8 +244,12 @@ class Prefetch:
 
     def _begun(self) -> Future[Batch]:
         if self._next is None:
-            self._next = self._pool.submit(self._sampler.batch, self._size)
+            self._next = self._pool.submit(self._drawn)
         return self._next
+
+    def _drawn(self) -> Batch:
+        batch = self._sampler.batch(self._size)
+        return batch.pinned() if self._pin else batch
 
     def get_state(self) -> Tensor:
         """State of the stream before the next batch."""
