@@ -8,16 +8,10 @@ from math import isnan
 import numpy as np
 import pytest
 
-from terraloom.assess.estimators import (
-    AccuracyReport,
-    Estimate,
-    ReferenceSample,
-    SampleKind,
-    Strata,
-    disagreement,
-    estimate_accuracy,
-    olofsson,
-)
+from terraloom.assess.estimators import AccuracyReport, estimate_accuracy
+from terraloom.assess.intervals import Estimate
+from terraloom.assess.matrix import disagreement, olofsson
+from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.errors import DesignError
 
 # Olofsson et al. (2014), table 8: deforestation, forest gain, stable forest, stable non-forest.

@@ -340,12 +340,9 @@ def _legend_entry(code: int, name: str, ha: float) -> dict[str, object]:
 
 
 def test_areas_read_the_estimators_own_json():
-    from terraloom.assess.estimators import (
-        ReferenceSample,
-        SampleKind,
-        Strata,
-        estimate_accuracy,
-    )
+    from terraloom.assess.estimators import estimate_accuracy
+    from terraloom.assess.intervals import Interval
+    from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 
     # Olofsson et al. (2014), table 8: deforestation, gain, stable forest, stable other.
     matrix = [[66, 0, 5, 4], [0, 55, 8, 12], [1, 0, 153, 11], [2, 1, 9, 313]]
@@ -355,6 +352,7 @@ def test_areas_read_the_estimators_own_json():
         Strata.from_pixels(pixels, 900.0),
         classes=[1, 2, 3, 4],
         fpc=False,
+        interval=Interval.NORMAL,
     )
     legend = [_legend_entry(c, f"class {c}", n * 0.09) for c, n in pixels.items()]
     areas = facts.areas(legend, report.to_dict(), {"truth_area_ha": {"class 1": 21_158}})

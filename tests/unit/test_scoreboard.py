@@ -8,12 +8,8 @@ from math import isnan, sqrt
 import numpy as np
 import pytest
 
-from terraloom.assess.estimators import (
-    ReferenceSample,
-    SampleKind,
-    Strata,
-    estimate_accuracy,
-)
+from terraloom.assess.estimators import estimate_accuracy
+from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.assess.scoreboard import (
     SCORE_KEYS,
     areas_inside_ci,

@@ -39,6 +39,11 @@ class SampleKind(StrEnum):
         """
         return self not in (SampleKind.CONVENIENCE, SampleKind.ACTIVE)
 
+    @property
+    def is_clustered(self) -> bool:
+        """True where the variance is that of weighted totals: clusters, unequal chances."""
+        return self in (SampleKind.CLUSTER, SampleKind.UNEQUAL)
+
 
 @dataclass(frozen=True, slots=True)
 class Strata:
