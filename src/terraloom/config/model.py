@@ -72,12 +72,13 @@ class Model(Section):
     """The ensemble of light networks."""
 
     network: Literal[
-        "fusion", "fpn", "context", "utae", "convgru", "convlstm", "ltae", "tempcnn", "gru",
-        "presto",
+        "fusion", "fpn", "context", "backbone", "utae", "convgru", "convlstm", "ltae",
+        "tempcnn", "gru", "presto",
     ] = Field(
         "fusion",
         description="`fusion`: a light U-Net that fuses sensors at their own pixel sizes; "
-        "`fpn`: the same with a pyramid of outputs; `context`: with wide (dilated) context. "
+        "`fpn`: the same with a pyramid of outputs; `context`: with wide (dilated) context; "
+        "`backbone`: around an encoder of another library. "
         "Over time: `utae`, `convgru`, `convlstm` (windows), `ltae`, `tempcnn`, `gru` (single "
         "pixels), `presto` (pre-trained, single pixels).",
     )  # fmt: skip
@@ -86,8 +87,15 @@ class Model(Section):
         description="`auto`: network, width, batch, epochs and sampling follow from the labels by "
         "rules of thumb, where they are not given here.",
     )
+    backbone: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Encoder of network `backbone`: a convolutional one of timm or "
+        "segmentation-models-pytorch, such as `resnet18`; needs the extra `backbones`.",
+    )  # fmt: skip
     weights: str | None = Field(
-        None, description="Pre-trained weights for `presto`; path from the project folder."
+        None,
+        description="Pre-trained weights for `presto`, or those of the encoder of `backbone`; path "
+        "from the project folder. Nothing is fetched.",
     )
     adapt: Literal["fine-tune", "frozen", "lora"] = Field(
         "fine-tune", description="What training changes of pre-trained weights."
@@ -160,8 +168,14 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Model:
-        if (self.network == "presto") != (self.weights is not None):
-            raise ValueError("`weights` belongs to network `presto`, and only to it")
+        if self.network == "presto" and self.weights is None:
+            raise ValueError("network `presto` needs `weights`")
+        if self.weights is not None and self.network not in ("presto", "backbone"):
+            raise ValueError("`weights` belongs to the networks `presto` and `backbone`")
+        if (self.network == "backbone") != (self.backbone is not None):
+            raise ValueError("`backbone` belongs to network `backbone`, and only to it")
+        if self.network == "backbone" and self.adapt != "fine-tune":
+            raise ValueError("network `backbone` knows `adapt: fine-tune` only")
         if self.processes > 1 and self.batch % self.processes:
             raise ValueError("`batch` must be a multiple of `processes`")
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -102,6 +103,19 @@ class MapNet(nn.Module):
     def forward_prepared(self, x: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Raw head outputs of prepared inputs, (N, c, h, w) with h, w of the padded window."""
         raise NotImplementedError
+
+    def load_pretrained(self, path: Path | str) -> list[nn.Parameter]:
+        """Put published weights into a part of the network.
+
+        Returns:
+            The parameters that come from the file and are trained.
+
+        Raises:
+            ModelError: No weights are published for this network, or the file does not fit.
+        """
+        raise ModelError(f"weights {path} for a network without published ones",
+                         where=type(self).__name__, allowed="networks presto and backbone",
+                         fix="leave model.weights out")  # fmt: skip
 
     # --- geometry ------------------------------------------------------------------------------
     def halo_px(self) -> int:

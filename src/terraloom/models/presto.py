@@ -11,8 +11,7 @@ Weights come from a file; nothing is fetched.
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from terraloom.errors import ModelError
 from terraloom.models.fusion import Normalisation
 from terraloom.models.lora import add_lora
+from terraloom.models.weights import read_weights
 
 __all__ = [
     "ADAPT",
@@ -405,18 +405,8 @@ def load_presto(net: Presto, path: Path | str) -> None:
         ModelError: No such file, no state dict, or weights that do not fit.
     """
     where = str(path)
-    if not Path(path).is_file():
-        raise ModelError("no such file of weights", where=where,
-                         fix="give the path of Presto's default_model.pt")  # fmt: skip
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as err:
-        raise ModelError(f"no file of torch weights ({type(err).__name__})", where=where,
-                         fix="fetch it again") from err  # fmt: skip
-    if not isinstance(state, Mapping):
-        raise ModelError(f"a {type(state).__name__}", where=where, allowed="a state dict")
-    own = {str(k).removeprefix("encoder."): v for k, v in state.items()
-           if not str(k).startswith("decoder.")}  # fmt: skip
+    state = read_weights(path, "give the path of Presto's default_model.pt")
+    own = {k.removeprefix("encoder."): v for k, v in state.items() if not k.startswith("decoder.")}
     want = {k: v for k, v in net.state_dict().items() if ".lora_" not in k}
     wrong = sorted(k for k in want.keys() | own.keys()
                    if k not in want or not isinstance(own.get(k), Tensor)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from terraloom.models.heads import TaskSpec
-from terraloom.models.registry import ARCHITECTURES, build, make_spec
+from typing import Any
 
-__all__ = ["networks_text"]
+from terraloom.models.heads import TaskSpec
+from terraloom.models.registry import build, make_spec
+
+__all__ = ["BACKBONES", "networks_text"]
 
 _PERIODS = ("2018-05", "2018-08")
 _S2_10 = ("B02", "B03", "B04", "B08")
@@ -37,6 +39,19 @@ _USES = {
     "presto": "as `ltae`, very few labels; needs weights (here without elevation)",
 }
 
+#: Figures of some encoders by name and depth, parameters and receptive field (10 m pixels): their
+#: library may not be installed where the page is written, so a test compares them.
+BACKBONES: dict[tuple[str, int], tuple[int, int]] = {
+    ("resnet18", 4): (850_490, 64),
+    ("resnet18", 5): (3_013_082, 136),
+    ("resnet34", 4): (1_515_322, 104),
+    ("resnet50", 4): (1_646_138, 60),
+    ("resnet50", 5): (8_868_826, 164),
+    ("mobilenetv2_100", 4): (1_867_002, 44),
+    ("regnetx_002", 4): (72_602, 22),
+    ("convnext_atto", 4): (229_746, 86),
+}
+
 _HEAD = """# Networks
 
 `model.network` picks one; any number of bands, at their own pixel sizes. The figures are those of
@@ -66,6 +81,19 @@ has no influence. Three look at windows, date by date through one U-Net: `utae` 
 its deepest level; `convgru` and `convlstm` go through them in order of time, with a convolutional
 cell at each level. The others look at single pixels.
 
+## Encoders of other libraries
+
+`network: backbone` with `backbone: resnet18` puts an encoder of timm or segmentation-models-pytorch
+in the place of ours ([how-to](../how-to/use-a-backbone.md)). Its stages of 20 m, 40 m ... are the
+levels below 10 m; `depth` says how many. All bands enter at 10 m, with a mask per sensor. How far
+each stage looks is found by following one missing pixel through the encoder, so that maps have no
+seams here either. Encoders that look at the window as a whole (EfficientNet, MobileNetV3,
+attention) or further than 512 pixels are refused. Some, with the same inputs as above:
+
+| `backbone` | `depth` | parameters | receptive field (10 m pixels) |
+|---|---|---|---|
+{backbones}
+
 ## What is missing
 
 A pixel, band or date without a value is no zero and no guess: its features are left at the centre
@@ -83,21 +111,22 @@ the square of `width`:
 """
 
 
-def _figures(network: str, width: int = 12, depth: int = 4) -> tuple[int, int]:
+def _figures(network: str, width: int = 12, depth: int = 4, **more: Any) -> tuple[int, int]:
     """Parameters and receptive field (10 m pixels)."""
     # Presto takes elevation only together with slope.
     channels = {g: c for g, c in _TYPICAL.items() if network != "presto" or g != "dem_10"}
-    net = build(make_spec(network, channels, (_TASK,), width=width, depth=depth))
+    net = build(make_spec(network, channels, (_TASK,), width=width, depth=depth, **more))
     return sum(p.numel() for p in net.parameters()), net.receptive_field_px()
 
 
 def networks_text() -> str:
     """The page, in Markdown."""
     text = _HEAD
-    for name in ARCHITECTURES:
+    for name in _USES:
         count, reach = _figures(name)
         text += f"| `{name}` | {count:,} | {reach} | {10 * reach} | {_USES[name]} |\n"
-    text += _TAIL
+    rows = [f"| `{b}` | {d} | {n:,} | {r} |" for (b, d), (n, r) in BACKBONES.items()]
+    text += _TAIL.replace("{backbones}", "\n".join(rows))
     for name in ("fusion", "fpn", "context"):
         for depth in (3, 4, 5):
             counts = [_figures(name, width=width, depth=depth)[0] for width in (8, 12, 24)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from terraloom.errors import ModelError, StateError
 from terraloom.io import atomic, read_json, sha256, write_json
+from terraloom.models.backbones import BackboneNet, BackboneSpec
 from terraloom.models.dated import DatedSpec
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
@@ -41,6 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "fusion": Architecture(FusionNet, FusionSpec),
     "fpn": Architecture(FusionNet, FusionSpec),
     "context": Architecture(FusionNet, FusionSpec),
+    "backbone": Architecture(BackboneNet, BackboneSpec),
     "utae": Architecture(UTAE, DatedSpec),
     "convgru": Architecture(RecurrentUnet, DatedSpec),
     "convlstm": Architecture(RecurrentUnet, DatedSpec),
@@ -67,6 +69,8 @@ def architecture_of(spec: FusionSpec) -> str:
     """Name of the network that a spec describes."""
     if isinstance(spec, DatedSpec):
         return spec.network
+    if isinstance(spec, BackboneSpec):
+        return "backbone"
     return "fusion" if spec.decoder == "unet" else spec.decoder
 
 
@@ -93,7 +97,7 @@ def make_spec(
     kind = _known(architecture).spec
     if issubclass(kind, DatedSpec):
         settings |= {"network": architecture, "days": dict(days or {})}
-    elif architecture != "fusion":
+    elif architecture not in ("fusion", "backbone"):
         settings |= {"decoder": architecture}
     return kind({g: tuple(c) for g, c in channels.items()}, tuple(tasks), **settings)
 

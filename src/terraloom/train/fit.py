@@ -19,7 +19,6 @@ from terraloom.models.fusion import FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE, MultiTaskLoss, class_weights
 from terraloom.models.mapnet import MapNet
-from terraloom.models.pixelwise import PixelNet
 from terraloom.models.registry import build, load_member, ready, save_member
 from terraloom.train.augment import Augmentation
 from terraloom.train.checkpoint import Checkpoint
@@ -48,6 +47,7 @@ class FitSettings(LoopSettings):
     Attributes:
         network: Network by name; see :data:`terraloom.models.registry.ARCHITECTURES`.
         adapt: What training changes of pre-trained weights: ``fine-tune``, ``frozen``, ``lora``.
+        backbone: Encoder of the network ``backbone``.
         width: Channels of the 10 m level (count).
         widths: Channels of every level; overrides ``width`` (counts).
         depth: Levels (count).
@@ -63,6 +63,7 @@ class FitSettings(LoopSettings):
 
     network: str = "fusion"
     adapt: str = "fine-tune"
+    backbone: str = ""
     width: int = 12
     widths: tuple[int, ...] = ()
     depth: int = 4
@@ -150,7 +151,7 @@ def fit_member(
         keep: (N, h, w) pixels that may be trained on, e.g. outside a buffer; None: all.
         world: Processes that train together.
         transitions: Per task whose loss needs it, (K, K) probability of a label given the class.
-        pretrained: Weights that the network ``presto`` starts from.
+        pretrained: Weights that the networks ``presto`` and ``backbone`` start from.
 
     Raises:
         FoldError: No labelled pixel remains.
@@ -171,7 +172,7 @@ def fit_member(
         torch.manual_seed(int(stream[0] >> 1))
         normalisation = normalisation_of(chips, spec, held_out_fold)
         net = build(spec, normalisation)
-        if pretrained is not None and isinstance(net, PixelNet):
+        if pretrained is not None:
             net.load_pretrained(pretrained)
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pack = pack_chips(net, chips, labels, folder=folder)
@@ -210,7 +211,8 @@ class _Free:
 
 
 def _spec(chips: xr.Dataset, tasks: Sequence[TaskSpec], s: FitSettings) -> FusionSpec:
-    more = {"adapt": s.adapt} if s.network == "presto" else {}
+    own = {"presto": {"adapt": s.adapt}, "backbone": {"backbone": s.backbone}}
+    more = own.get(s.network, {})
     return spec_of(
         chips, tasks, s.network, width=s.width, depth=s.depth, convs=s.convs, indices=s.indices,
         dropout=s.dropout, widths=s.widths, **more,

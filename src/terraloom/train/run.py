@@ -103,7 +103,8 @@ def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
         m = m.model_copy(update=free)
     single = m.network in ENCODERS
     return FitSettings(
-        network=m.network, adapt=m.adapt, width=m.width, depth=m.depth, dropout=m.dropout,
+        network=m.network, adapt=m.adapt, backbone=m.backbone or "", width=m.width,
+        depth=m.depth, dropout=m.dropout,
         epochs=m.epochs, batch=m.batch, accumulate=m.accumulate, learning_rate=m.learning_rate,
         weight_decay=m.weight_decay, ema=m.ema, patience=m.patience, precision=m.precision,
         device=m.device, balance=m.balance,
