@@ -311,8 +311,29 @@ def predict_tiles(
 
 @app.command(rich_help_panel=MAP)
 def mosaic_products(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
-    """Join the tiles into cloud-optimised products."""
+    """Join the tiles into products, with their overviews and styles."""
     from terraloom.predict.products import mosaic_products as run
+
+    c = _load(campaign)
+    run(c, _grid(c))
+
+
+@app.command(rich_help_panel=MAP)
+def write_tiles(
+    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
+    campaign: CampaignFile = RUN_CAMPAIGN,
+) -> None:
+    """Write the products of the tiles of one job, one raster per product and tile."""
+    from terraloom.predict.tiled import write_tiles as run
+
+    c = _load(campaign)
+    run(c, _grid(c), batch)
+
+
+@app.command(rich_help_panel=MAP)
+def polygonise_map(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Write the class map as polygons that no tile edge splits."""
+    from terraloom.predict.polygons import polygonise_map as run
 
     c = _load(campaign)
     run(c, _grid(c))

@@ -57,6 +57,8 @@ GDAL_ENV: dict[str, Any] = {
 
 #: Raster formats that hold their own pixels. Others (VRT, WMS, ...) can name further files.
 DRIVERS = ("GTiff", "COG", "JP2OpenJPEG", "JP2ECW", "JP2KAK")
+#: Formats of a map that is one raster per tile.
+INDEXES = ("VRT", "GTI")
 
 _COG_BLOCK = 512
 #: A disk with less free space than this counts as full, bytes.
@@ -214,13 +216,20 @@ def read_store(path: Path | str) -> Any:
 
 
 def geobox_of(source: str | Path | DatasetReader) -> GeoBox:
-    """Geobox of a raster file, or of an open raster."""
-    with _opened(source) as src:
+    """Geobox of a raster file, or of an open raster.
+
+    A file may be an index of other files (VRT, GTI), as those of the map are: none is read.
+    """
+    with _opened(source, INDEXES) as src:
         return GeoBox((src.height, src.width), src.transform, str(src.crs))
 
 
-def open_file(path: str | Path) -> DatasetReader:
+def open_file(path: str | Path, also: Sequence[str] = ()) -> DatasetReader:
     """Open a raster file for reading; to be called, and read from, under ``GDAL_ENV``.
+
+    Args:
+        path: The file.
+        also: Formats that are allowed besides ``DRIVERS``.
 
     Raises:
         SceneError: It cannot be opened, or its format is not allowed.
@@ -242,7 +251,8 @@ def open_file(path: str | Path) -> DatasetReader:
             fix="check that the file is there and complete; fetch it again",
         ) from err
     try:
-        allowed_format(src)
+        if src.driver not in also:
+            allowed_format(src)
     except SceneError:
         src.close()
         raise
@@ -263,11 +273,13 @@ def allowed_format(src: DatasetReader) -> None:
 
 
 @contextmanager
-def _opened(source: str | Path | DatasetReader) -> Iterator[DatasetReader]:
+def _opened(
+    source: str | Path | DatasetReader, also: Sequence[str] = ()
+) -> Iterator[DatasetReader]:
     import rasterio
 
     if isinstance(source, (str, Path)):
-        with rasterio.Env(**GDAL_ENV), open_file(source) as src:
+        with rasterio.Env(**GDAL_ENV), open_file(source, also) as src:
             yield src
     else:
         yield source

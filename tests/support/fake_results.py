@@ -234,18 +234,25 @@ def _rasters(folder: Path, geobox: GeoBox, rng: np.random.Generator) -> F64:
     )  # fmt: skip
     invalid = codes == 0
     stored = np.where(invalid, 255, np.round(200 * prob)).astype(np.uint8)
-    write_raster(folder / "probabilities.tif", stored, geobox, nodata=255, band_names=LEGEND.names)
+    write_raster(
+        folder / "probabilities.tif",
+        stored,
+        geobox,
+        nodata=255,
+        band_names=LEGEND.names,
+        scales=[1 / 200] * len(LEGEND),
+    )
     total = -(prob * np.log(np.clip(prob, 1e-9, 1))).sum(0) / np.log(len(prob))
     epistemic = total * np.clip(0.16 + 0.1 * gaussian_filter(rng.normal(size=SHAPE), 6) * 20, 0, 1)
     three = np.stack([total, total - epistemic, epistemic])
     stored = np.where(invalid, 255, np.round(200 * three)).astype(np.uint8)
     write_raster(
         folder / "uncertainty.tif", stored, geobox, nodata=255,
-        band_names=["total", "aleatoric", "epistemic"],
+        band_names=["total", "aleatoric", "epistemic"], scales=[np.log(len(LEGEND)) / 200] * 3,
     )  # fmt: skip
     edges = np.hypot(*np.gradient(gaussian_filter(prob.argmax(0).astype(float), 1)))
     edge = np.where(invalid, 255, 200 * np.clip(edges, 0, 1)).astype(np.uint8)
-    write_raster(folder / "field-edges.tif", edge, geobox, nodata=255)
+    write_raster(folder / "field-edges.tif", edge, geobox, nodata=255, scales=[1 / 200])
     height = np.stack([28 * prob[0] + 3, 2 + 3 * prob[1], 1 + 2 * total]).astype(np.float32)
     height[:, invalid] = -9999
     write_raster(

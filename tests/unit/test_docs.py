@@ -108,7 +108,9 @@ def test_products_page_has_the_outputs_of_all_rules() -> None:
         for file in re.findall(r'"results/(?:\w+)/([^"]+)"', path.read_text(encoding="utf-8")):
             if "wildcards" in file:  # an input
                 continue
-            concrete = file.format(period="summer", part="p000", fold="0", member="0")
+            concrete = file.format(
+                period="summer", part="p000", fold="0", member="0", batch="b0000"
+            )
             assert f"`{concrete}`" in text, file
 
 

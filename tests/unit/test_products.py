@@ -7,13 +7,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
-from shapely import box
+from rasterio.features import shapes
+from shapely import MultiPolygon, box
+from shapely.geometry import shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +26,10 @@ from terraloom.config.load import parse_campaign
 from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, sha256, write_store
+from terraloom.plan import product_path
+from terraloom.predict.polygons import polygonise_map
 from terraloom.predict.products import MAP, mosaic_products
+from terraloom.predict.tiled import write_tiles
 from terraloom.preprocess.groups import group_factor
 
 GEOBOX = GeoBox((96, 144), Affine(10, 0, 399840, 0, -10, 5800320), "EPSG:32633")
@@ -243,3 +249,45 @@ def test_facts_hold_the_digest_of_every_product(finished: Path) -> None:
         assert src.colormap(1)[5] == (217, 180, 74, 255)
     names = (finished / "class_map.tif.aux.xml").read_text()
     assert "Wald &amp; Busch" in names and NAMES[2] in names
+
+
+def test_a_minimum_mapping_unit_makes_one_product_more_and_polygons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both layouts the same; the class map itself stays as it is."""
+    made = []
+    keys = {"minimum_mapping_unit_ha": 0.2, "vector": True}
+    for layout in ("mosaic", "tiles"):
+        folder = tmp_path / layout
+        grid = region(folder, smooth=1.0, per_job=8)
+        monkeypatch.chdir(folder)
+        c = full_campaign(products=keys | {"layout": layout})
+        if layout == "tiles":
+            write_tiles(c, grid, "b0000")
+        mosaic_products(c, grid)
+        polygonise_map(c, grid)
+        facts = read_json(MAP / "map.json")
+        with rasterio.open(MAP / "class_map_mmu.tif") as src:
+            sieved = src.read(1)
+        with rasterio.open(product_path("class_map", MAP)) as src:
+            plain = src.read(1)
+        made.append((sieved, gpd.read_file(MAP / "class_map.gpkg"), facts))
+    (sieved, polygons, facts), (other, others, _) = made
+    assert (sieved == other).all() and polygons.drop(columns="geometry").equals(
+        others.drop(columns="geometry")
+    )
+    unit = facts["minimum_mapping_unit"]
+    assert unit["pixels"] == 20 and unit["connectivity"] == 4
+    assert unit["changed_px"] == (sieved != plain).sum() > 100
+    assert ((sieved == 0) == (plain == 0)).all()
+    assert sum(unit["area_ha"].values()) == pytest.approx(
+        sum(e["map_area_ha"] for e in facts["legend"])
+    )
+    by_class = polygons.groupby("code")["area_ha"].sum()
+    assert {str(k): v for k, v in by_class.items()} == pytest.approx(unit["area_ha"])
+    assert polygons["pixels"].sum() == (sieved > 0).sum() and polygons["pixels"].min() >= 20
+    assert polygons["mean_probability"].between(0, 1).all()
+    assert set(polygons["class"]) == set(NAMES) and polygons.is_valid.all()
+    whole = {g.normalize().wkb for g in polygons.geometry}
+    gdal = shapes(sieved, mask=sieved > 0, transform=grid.geobox.affine)
+    assert {MultiPolygon([shape(g)]).normalize().wkb for g, _ in gdal} == whole

@@ -4,7 +4,7 @@ if CAMPAIGN.sample:
     rule draw_sample:
         input:
             map="results/map/map.json",
-            class_map="results/map/class_map.tif",
+            class_map=PLAN.product_files[0],
         output:
             "results/map/sample.gpkg",
             "results/map/design.json",

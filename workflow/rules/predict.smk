@@ -26,9 +26,43 @@ rule predict_tiles:
         "> {log} 2>&1"
 
 
+if CAMPAIGN.products.layout == "tiles":
+
+    rule write_tiles:
+        input:
+            CARDS,
+            expand("work/cube/{batch}.json", batch=BATCHES),
+            tiles="work/predict/{batch}.json",
+            lock="results/scenes/items.json",
+            labels="results/chips/folds.gpkg",
+        output:
+            "results/map/tiles/{batch}.json",
+        log:
+            "logs/write_tiles/{batch}.log",
+        benchmark:
+            "benchmarks/write_tiles/{batch}.tsv"
+        threads: 1
+        resources:
+            mem_mb=mem_mb(2000),
+            runtime=minutes(120),
+        params:
+            config=PLAN.map_digest,
+            code=code_digest("predict.tiled"),
+        message:
+            "Write the products of the tiles of {wildcards.batch}"
+        shell:
+            "terraloom write-tiles --campaign work/campaign.yaml "
+            "--batch {wildcards.batch} > {log} 2>&1"
+
+
 rule mosaic_products:
     input:
         CARDS,
+        (
+            expand("results/map/tiles/{batch}.json", batch=BATCHES)
+            if CAMPAIGN.products.layout == "tiles"
+            else []
+        ),
         tiles=expand("work/predict/{batch}.json", batch=BATCHES),
         lock="results/scenes/items.json",
         labels="results/chips/folds.gpkg",
@@ -47,6 +81,31 @@ rule mosaic_products:
         config=PLAN.map_digest,
         code=code_digest("predict.products"),
     message:
-        "Join the tiles into cloud-optimised products"
+        "Join the tiles into products"
     shell:
         "terraloom mosaic-products --campaign work/campaign.yaml > {log} 2>&1"
+
+
+if CAMPAIGN.products.vector:
+
+    rule polygonise_map:
+        input:
+            PLAN.product_files,
+            map="results/map/map.json",
+        output:
+            "results/map/class_map.gpkg",
+        log:
+            "logs/polygonise_map.log",
+        benchmark:
+            "benchmarks/polygonise_map.tsv"
+        threads: 1
+        resources:
+            mem_mb=mem_mb(3000),
+            runtime=minutes(120),
+        params:
+            config=PLAN.map_digest,
+            code=code_digest("predict.polygons"),
+        message:
+            "Write the class map as polygons"
+        shell:
+            "terraloom polygonise-map --campaign work/campaign.yaml > {log} 2>&1"

@@ -30,6 +30,7 @@ from terraloom.grid import CampaignGrid, coarsen
 from terraloom.io import geobox_of, read_json, read_window, write_json
 from terraloom.legend import NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
+from terraloom.plan import product_path
 from terraloom.preprocess.reasons import Reason
 from terraloom.preprocess.scenes import QUALITY, gather_scenes
 from terraloom.train.calibrate import calibration_error
@@ -45,7 +46,7 @@ def score_rehearsal(campaign: Campaign, grid: CampaignGrid) -> None:
     truth = read_json(TRUTH / "truth.json")
     legend = read_legend(str(campaign.land_cover.classes))
     true_map = _raster(TRUTH / "landcover.tif")
-    mapped = _raster(MAP / "class_map.tif")
+    mapped = _raster(product_path("class_map", MAP))
     oa, miou = map_scores(mapped, _matching(true_map, mapped), legend.codes)
     rmse, r2 = _height(campaign)
     recall, precision = _noise(campaign, truth)
@@ -111,7 +112,7 @@ def _height(campaign: Campaign) -> tuple[float, float]:
     task = next((t for t in campaign.tasks if t.kind is TaskKind.REGRESSION), None)
     if task is None:
         return float("nan"), float("nan")
-    predicted = _raster(MAP / f"{task.name}.tif").astype(np.float64)
+    predicted = _raster(product_path(task.name, MAP)).astype(np.float64)
     true = _raster(TRUTH / "height.tif").astype(np.float64)
     predicted[predicted < -9000] = np.nan
     true[true < -9000] = np.nan
@@ -119,7 +120,7 @@ def _height(campaign: Campaign) -> tuple[float, float]:
 
 
 def _ece(legend: Legend, true_map: Codes) -> float:
-    with rasterio.open(MAP / "probabilities.tif") as src:
+    with rasterio.open(product_path("probabilities", MAP)) as src:
         p = src.read().astype(np.float32)
         valid = (p[0] != src.nodata) & (true_map != 255) & (true_map != NODATA_CODE)
     index = np.zeros(256, np.int64)
@@ -139,7 +140,8 @@ def _areas(
     report: AccuracyReport = _estimate(campaign, legend)
     h, w = mapped.shape
     # The same pixel areas as in the estimates: a class without error has no width of interval.
-    area = PixelAreas(geobox_of(MAP / "class_map.tif")).window(slice(0, h), slice(0, w)) / 1e4
+    with rasterio.open(product_path("class_map", MAP)) as src:
+        area = PixelAreas(geobox_of(src)).window(slice(0, h), slice(0, w)) / 1e4
     domain = mapped != NODATA_CODE
     true = {c: float((area * (domain & (true_map == c))).sum()) for c in legend.codes}
     return areas_inside_ci(report, true)

@@ -20,6 +20,7 @@ from terraloom.errors import DesignError
 from terraloom.io import atomic, read_json, write_json, write_text
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
+from terraloom.plan import product_path
 
 __all__ = ["MAP", "NOT_AN_ESTIMATE", "draw_sample", "estimate_areas"]
 
@@ -38,7 +39,7 @@ def draw_sample(campaign: Campaign) -> None:
     sample = _settings(campaign)
     legend = read_legend(str(campaign.land_cover.classes))
     drawn = stratified_sample(
-        MAP / "class_map.tif", sample.size, seed=campaign.seed, classes=legend.codes,
+        product_path("class_map", MAP), sample.size, seed=campaign.seed, classes=legend.codes,
         allocation=Allocation(sample.allocation), min_per_stratum=sample.min_per_stratum,
     )  # fmt: skip
     pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _FILE_DATE})

@@ -17,15 +17,18 @@ import numpy.typing as npt
 
 from terraloom.config.campaign import Campaign
 from terraloom.grid import CampaignGrid, Tile, geobox_record, row_areas_m2, window_of
-from terraloom.io import cog_from_windows, read_store, sha256, write_json
+from terraloom.io import cog_from_windows, digest_json, read_store, sha256, write_json
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.origin import TAG, map_tags
-from terraloom.plan import SUFFIXES, product_names, product_path
+from terraloom.plan import SUFFIXES, product_names, product_path, product_suffix
 from terraloom.predict.engine import TILES
+from terraloom.predict.index import write_index, write_overviews
 from terraloom.predict.picture import Picture
 from terraloom.predict.qgis import write_styles
+from terraloom.predict.sieve import least_pixels, sieved_windows
 from terraloom.predict.specs import Spec, product_specs
+from terraloom.predict.tiled import tile_products, tile_records
 from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
 from terraloom.preprocess.reasons import Reason
 
@@ -40,22 +43,34 @@ log = get_logger(__name__)
 def mosaic_products(campaign: Campaign, grid: CampaignGrid) -> None:
     """Write all rasters of the map, their styles and ``map.json``.
 
+    With ``products.layout: tiles`` the rasters of the tiles are there already
+    (:func:`terraloom.predict.tiled.write_tiles`); their indexes and overviews are written.
+
     Raises:
-        StateError: A predicted tile is missing or damaged; the products stay as they were.
+        StateError: A tile is missing or damaged; the products stay as they were.
     """
     legend = read_legend(str(campaign.land_cover.classes))
     specs = product_specs(campaign, legend)
     check_tiles(campaign, grid, specs, grid.tiles())
     picture = picture_of(grid)
+    tags = map_tags(campaign)
     MAP.mkdir(parents=True, exist_ok=True)
     for left in MAP.glob(".tmp-map-*"):  # of a job that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=MAP, prefix=".tmp-map-") as made:
         folder = Path(made)
-        _one_each(folder, grid, legend, specs, picture, map_tags(campaign))
+        if campaign.products.layout == "tiles":
+            _indexes(folder, campaign, grid, tile_products(specs), tags)
+        else:
+            _one_each(folder, grid, legend, tile_products(specs), picture, tags)
+        unit = {}
+        if "class_map_mmu" in specs:
+            read = tile_reader("class_map", legend, picture)
+            unit = _sieved(folder, campaign, grid, specs["class_map_mmu"], read, tags)
         write_styles(folder, legend, specs)
         _publish(folder, specs)
-    write_json(MAP / "map.json", _facts(campaign, grid, legend, picture))
+    facts = _facts(campaign, grid, legend, picture)
+    write_json(MAP / "map.json", facts | ({"minimum_mapping_unit": unit} if unit else {}))
 
 
 def _one_each(
@@ -69,6 +84,53 @@ def _one_each(
             folder / f"{name}.tif", grid.geobox, windows,
             tags=tags | {f"{TAG}PRODUCT": name}, **spec.options(),
         )  # fmt: skip
+
+
+def _indexes(
+    folder: Path, campaign: Campaign, grid: CampaignGrid, specs: dict[str, Spec],
+    tags: dict[str, str],
+) -> None:  # fmt: skip
+    """One index per product over the rasters of its tiles, with overviews."""
+    suffix = {n: product_suffix(campaign, n, len(grid.tiles())) for n in specs}
+    for name, held in tile_records(campaign, grid, specs).items():
+        path, spec = folder / f"{name}{suffix[name]}", specs[name]
+        # So that the digest of the index vouches for its tiles.
+        own = tags | {f"{TAG}PRODUCT": name, f"{TAG}TILES": digest_json(held["sums"])}
+        write_index(path, grid, spec, held["files"], held["stats"], own)
+        write_overviews(path, MAP, grid, spec, held["files"])
+
+
+def _sieved(
+    folder: Path, campaign: Campaign, grid: CampaignGrid, spec: Spec,
+    read: Callable[[Tile], npt.NDArray[Any]], tags: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the class map with a minimum mapping unit; returns what it changed."""
+    keys = campaign.products
+    least = least_pixels(grid, keys.minimum_mapping_unit_ha)
+    facts: dict[str, Any] = {"ha": keys.minimum_mapping_unit_ha, "pixels": least,
+                             "connectivity": keys.connectivity}  # fmt: skip
+    area = np.zeros(256)
+    codes = [c for c in spec.colormap or {} if c != NODATA_CODE]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-sieve-") as scratch:
+        windows = sieved_windows(
+            _windows(grid, read, spec), grid, Path(scratch), least=least,
+            connectivity=keys.connectivity, facts=facts,
+        )  # fmt: skip
+
+        def counted() -> Windows:
+            for rows, cols, data in windows:
+                tile = grid.tile(cols.start // grid.tile_px, rows.start // grid.tile_px)
+                row_area = row_areas_m2(tile.geobox)
+                for code in codes:
+                    area[code] += float(((data[0] == code).sum(axis=1) * row_area).sum()) / 1e4
+                yield rows, cols, data
+
+        cog_from_windows(
+            folder / f"{spec.name}.tif", grid.geobox, counted(),
+            tags=tags | {f"{TAG}PRODUCT": spec.name}, **spec.options(),
+        )  # fmt: skip
+    changed = 100 * facts["changed_px"] / max(1, facts["mapped_px"])
+    return facts | {"changed_pct": changed, "area_ha": {str(c): area[c] for c in codes}}
 
 
 def _publish(folder: Path, specs: Iterable[str]) -> None:

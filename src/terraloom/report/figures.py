@@ -122,6 +122,24 @@ def read_small(
         ) from err
 
 
+def scale_of(path: Path, band: int = 1) -> float:
+    """Value = stored x scale, as the raster says.
+
+    Raises:
+        StateError: The raster is missing or cannot be read.
+    """
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    try:
+        with rasterio.open(path) as src:
+            return float(src.scales[band - 1])
+    except RasterioIOError as err:
+        raise StateError(
+            f"the raster cannot be read ({err})", where=path.as_posix(), fix="rerun its stage"
+        ) from err
+
+
 def _uri(image: Image.Image, alt: str, kind: str = "PNG", **options: Any) -> Picture:
     buffer = io.BytesIO()
     image.save(buffer, kind, optimize=True, **options)

@@ -21,6 +21,7 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
+from terraloom.plan import product_path
 from terraloom.report import charts, facts, figures, formats, panels, provenance, scores
 from terraloom.report.advice import advise
 from terraloom.report.scenes import scene_section
@@ -80,7 +81,7 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
     items_file = root / "scenes" / "items.json"
     items = provenance.need(read_json(items_file), "items", items_file)
     skill = facts.skill(read_json(root / "model" / "held_out.json"))
-    if not (root / "map" / "class_map.tif").is_file():
+    if not product_path("class_map", root / "map").is_file():
         raise StateError(
             "the class map is missing", where=(root / "map" / "class_map.tif").as_posix(),
             fix="run the map stage",

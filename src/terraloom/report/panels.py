@@ -17,6 +17,7 @@ from pyproj import CRS, Transformer
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.grid import geobox_from_record, row_areas_m2
+from terraloom.plan import product_path
 from terraloom.preprocess.reasons import INVALID, Reason
 from terraloom.report import charts, facts, figures, formats, provenance, scores
 
@@ -34,7 +35,6 @@ REASONS: dict[Reason, tuple[str, str]] = {
     Reason.SNOW: ("snow or ice", "#5fc0c4"),
     Reason.SATURATED: ("saturated or defective", "#d06a4c"),
 }
-_STORED_ONE = 200  # stored value of 1 in the uint8 products
 _NICE = (1, 2, 5, 10)
 
 
@@ -102,9 +102,9 @@ def map_panel(root: Path, record: Mapping[str, Any], where: Place) -> dict[str, 
     colors = {int(e["code"]): str(e["color"]) for e in legend}
     names = ", ".join(str(e["name"]) for e in legend)
     classes = figures.class_picture(
-        root / "map" / "class_map.tif", colors, f"Map of the classes {names}"
+        product_path("class_map", root / "map"), colors, f"Map of the classes {names}"
     )
-    image = root / "map" / "image.tif"
+    image = product_path("image", root / "map")
     text, share = where.scale_bar()
     shares = [formats.interval(e.get("share_pct")).value for e in legend]
     shares = [s if math.isfinite(s) else 0.0 for s in shares]
@@ -159,10 +159,11 @@ def viewer(
 
 def uncertainty(root: Path, n_classes: int) -> dict[str, Any] | None:
     """Total and epistemic entropy as shares of the largest possible entropy, ln K."""
-    path = root / "map" / "uncertainty.tif"
+    path = product_path("uncertainty", root / "map")
     if not path.is_file():
         return None
-    factor = 1 / _STORED_ONE
+    # Stored value to nats by the file's own scale, nats to a share of the most there can be.
+    factor = figures.scale_of(path) / math.log(max(2, n_classes))
     total = figures.scalar_picture(
         path, 1, cmap="doubt", alt="Total uncertainty of each pixel", factor=factor, top=1.0
     )
@@ -175,7 +176,7 @@ def uncertainty(root: Path, n_classes: int) -> dict[str, Any] | None:
     valid = data[0] != nodata
     return {
         "total": total, "epistemic": epistemic, "max_nats": math.log(max(2, n_classes)),
-        "doubtful": float((data[0][valid] > _STORED_ONE // 2).mean()),
+        "doubtful": float((data[0][valid] * factor > 0.5).mean()),
     }  # fmt: skip
 
 
@@ -183,13 +184,13 @@ def task_layers(root: Path, campaign: Campaign) -> list[dict[str, Any]]:
     """Boundary and regression products, as far as their files are there, one entry per picture."""
     layers: list[dict[str, Any]] = []
     for task in campaign.tasks:
-        path = root / "map" / f"{task.name}.tif"
+        path = product_path(task.name, root / "map")
         if task.kind is TaskKind.SEGMENTATION or not path.is_file():
             continue
         title = facts.label(task.name.replace("-", "_"))
         if task.kind is TaskKind.BOUNDARY:
             edge = figures.scalar_picture(
-                path, 1, cmap="edge", factor=1 / _STORED_ONE, top=1.0,
+                path, 1, cmap="edge", factor=figures.scale_of(path), top=1.0,
                 alt=f"Probability that a pixel lies on an edge ({title})",
             )  # fmt: skip
             parts = [("probability that a pixel lies on a boundary", "", edge)]
@@ -245,10 +246,12 @@ def coverage(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     rows = _reason_rows(record)
     picture = None
     present: set[int] = set()
-    path = root / "map" / "reasons.tif"
+    path = product_path("reasons", root / "map")
     if path.is_file():
         picture, shares = figures.reason_picture(
-            path, root / "map" / "class_map.tif", {int(b): c for b, (_, c) in REASONS.items()}
+            path,
+            product_path("class_map", root / "map"),
+            {int(b): c for b, (_, c) in REASONS.items()},
         )
         present = set(shares)
     return {
