@@ -21,6 +21,7 @@ import xarray as xr
 from terraloom.assess.coverage import judge_coverage
 from terraloom.assess.model_card import write_model_card
 from terraloom.assess.reliability import SkillReport, skill_report
+from terraloom.assess.skill import edge_scores, probability_scores, value_scores
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.errors import LabelError, StateError
@@ -86,11 +87,12 @@ def calibrate(campaign: Campaign) -> None:
         "calibration": method,
         "n_bins": BINS,
         "n_pixels": len(y),
+        "probabilities": probability_scores(seen, y, cover.fold, legend.names, n_bins=BINS),
         "outdated_px": outdated_px,
         "n_blocks": skill.n_blocks,
         "baseline": baseline,
         "regression": _regressions(campaign, held),
-        "boundary": _boundaries(campaign, held),
+        "boundary": _boundaries(campaign, chips, held),
         "coverage": coverage,
         "label_noise": campaign.model.label_noise,
         "label_noise_pct": 100 * float(review.flags.mean()),
@@ -156,7 +158,9 @@ def _regressions(campaign: Campaign, held: dict[str, HeldOut]) -> dict[str, Any]
         if task.kind is not TaskKind.REGRESSION:
             continue
         y = held[task.name].y.astype(np.float64)
-        error = held[task.name].p[..., 0].mean(axis=0) - y
+        p = held[task.name].p.astype(np.float64)
+        mean = p[..., 0].mean(axis=0)
+        error = mean - y
         spread = float(((y - y.mean()) ** 2).sum())
         out[task.name] = {
             "rmse": float(np.sqrt((error**2).mean())),
@@ -164,12 +168,16 @@ def _regressions(campaign: Campaign, held: dict[str, HeldOut]) -> dict[str, Any]
             "r2": 1 - float((error**2).sum()) / spread if spread > 0 else None,
             "unit": task.unit,
             "pixels": len(y),
+            **value_scores(
+                mean, p[..., 1].mean(axis=0) + p[..., 0].var(axis=0), y, held[task.name].fold
+            ),
         }
     return out
 
 
-def _boundaries(campaign: Campaign, held: dict[str, HeldOut]) -> dict[str, Any]:
+def _boundaries(campaign: Campaign, chips: xr.Dataset, held: dict[str, HeldOut]) -> dict[str, Any]:
     out = {}
+    pixel_m = abs(float(geobox_from_record(chips.attrs).resolution.x))
     for task in campaign.tasks:
         if task.kind is not TaskKind.BOUNDARY:
             continue
@@ -179,8 +187,12 @@ def _boundaries(campaign: Campaign, held: dict[str, HeldOut]) -> dict[str, Any]:
         cuts = np.linspace(0.1, 0.9, 17)
         scores = [_f1(p > c, true) for c in cuts]
         best = int(np.argmax(scores))
-        out[task.name] = {"f1": scores[best], "cut": float(cuts[best]), "pixels": len(true),
-                          "edge_share": float(true.mean())}  # fmt: skip
+        _, h, w = chips["fold"].shape
+        out[task.name] = {
+            "f1": scores[best], "cut": float(cuts[best]), "pixels": len(true),
+            "edge_share": float(true.mean()),
+            "near": edge_scores(held[task.name].index, p > cuts[best], true, (h, w), pixel_m),
+        }  # fmt: skip
     return out
 
 

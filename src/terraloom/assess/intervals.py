@@ -27,7 +27,14 @@ from scipy import stats
 from terraloom.assess.survey import Linear, Survey
 from terraloom.errors import DesignError
 
-__all__ = ["Estimate", "Interval", "critical_value", "mean_estimates", "ratio_estimates"]
+__all__ = [
+    "Estimate",
+    "Interval",
+    "critical_value",
+    "mean_estimates",
+    "ratio_estimates",
+    "wilson_estimate",
+]
 
 F64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -119,6 +126,19 @@ def mean_estimates(
         return [Estimate.normal(float(m), float(s), z) for m, s in zip(mean, se, strict=True)]
     below, above = _Limits.of(survey, found, None, z).distances
     return _estimates(mean, se, np.clip(mean - below, 0, 1), np.clip(mean + above, 0, 1), z)
+
+
+def wilson_estimate(value: float, se: float, z: float) -> Estimate:
+    """Wilson interval of a share of which only the standard error is known.
+
+    The effective sample size is that of a simple random sample with this standard error. A value
+    outside 0-1, which a corrected estimate can take, is drawn to the end of the range.
+    """
+    p = min(max(value, 0.0), 1.0)
+    if se <= 0 or p in (0.0, 1.0):
+        return Estimate.normal(p, se, z)
+    low, high, _ = _wilson(np.array(p), np.array(p * (1 - p) / se**2), z)
+    return Estimate(p, se, float(low), float(high), z * se)
 
 
 def ratio_estimates(

@@ -11,8 +11,10 @@ from terraloom.errors import ModelError
 
 __all__ = [
     "Reliability",
+    "adaptive_calibration_error",
     "brier_score",
     "calibration_error",
+    "class_calibration_errors",
     "log_probabilities",
     "negative_log_likelihood",
     "reliability",
@@ -96,6 +98,31 @@ def calibration_error(
 ) -> float:
     """Calibration error of top-label confidence; ``l1`` is the ECE. Biased upward for small N."""
     return reliability(p, y, n_bins=n_bins).error(norm)
+
+
+def adaptive_calibration_error(p: npt.ArrayLike, y: npt.ArrayLike, *, n_bins: int = 15) -> float:
+    """Calibration error of the top label over bins of equal mass (pixels in order of confidence).
+
+    Equal widths leave most bins of a confident model empty; equal mass does not.
+    """
+    prob, label = _checked(p, y)
+    conf, right = prob.max(1), (prob.argmax(1) == label).astype(np.float64)
+    order = np.argsort(conf, kind="stable")
+    parts = np.array_split(order, min(n_bins, len(order)))
+    gaps = [len(i) * abs(float(right[i].mean() - conf[i].mean())) for i in parts]
+    return sum(gaps) / len(order)
+
+
+def class_calibration_errors(p: npt.ArrayLike, y: npt.ArrayLike, *, n_bins: int = 15) -> Array:
+    """Calibration error (K,) of each class against the rest, over equal-width bins of p_k."""
+    prob, label = _checked(p, y)
+    k = prob.shape[1]
+    out = np.zeros(k)
+    for c in range(k):
+        b = np.clip(np.ceil(prob[:, c] * n_bins).astype(np.int64) - 1, 0, n_bins - 1)
+        gap = np.bincount(b, prob[:, c] - (label == c), n_bins)
+        out[c] = np.abs(gap).sum() / len(label)
+    return out
 
 
 def brier_score(p: npt.ArrayLike, y: npt.ArrayLike) -> float:
