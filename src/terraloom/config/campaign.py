@@ -281,6 +281,30 @@ class Predict(Section):
     """Prediction over all tiles."""
 
     threads: int = Field(1, ge=1, le=64, description="Threads of one prediction job (count).")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where networks predict; `auto`: a GPU where there is one."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Number format. `bf16` is faster, and gives a few per cent of the pixels "
+        "another class.",
+    )
+    window_px: int = Field(
+        768, ge=96, le=8192,
+        description="Largest height and width of the windows that networks are run on, without "
+        "their halo; memory grows with it, the map does not depend on it (10 m pixels).",
+    )  # fmt: skip
+    batch: int = Field(1, ge=1, le=256, description="Windows predicted together (count).")
+    views: Literal[1, 4, 8] = Field(
+        1,
+        description="Views of each window that a network's prediction is the mean of: 1 as it is, "
+        "4 with flips, 8 with flips and quarter turns; each costs one pass (count).",
+    )
+    dropout_passes: int = Field(
+        0, ge=0, le=100,
+        description="Passes with dropout, which count as members of the ensemble: a finer measure "
+        "of what the networks do not know, at that many times the time (count); 0: none.",
+    )  # fmt: skip
 
 
 class Uncertainty(Section):

@@ -13,17 +13,16 @@ __all__ = ["be_exact", "choose_device", "number_of"]
 _NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that ``model.device`` names.
+def choose_device(wanted: str, key: str = "model.device") -> torch.device:
+    """The device that a key of the campaign names.
 
     Raises:
         ModelError: A GPU is asked for and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            "no GPU that torch can use", where="model.device: cuda", allowed="auto, cpu",
-            fix="set model.device to auto, or install a CUDA build of torch on a machine with a "
-            "GPU",
+            "no GPU that torch can use", where=f"{key}: cuda", allowed="auto, cpu",
+            fix=f"set {key} to auto, or install a CUDA build of torch on a machine with a GPU",
         )  # fmt: skip
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

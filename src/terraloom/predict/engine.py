@@ -1,80 +1,237 @@
 """Prediction of tiles with all members of the ensemble.
 
-A tile is read with a halo as wide as the networks' receptive field, predicted, and cut back. So
-the result of a pixel does not depend on tile size, job size or order: there is nothing to blend.
+A window is read with a halo as wide as the networks' receptive field, predicted, and cut back. So
+the result of a pixel does not depend on windows, tiles, job size or order: there is nothing to
+blend. While one window is predicted, the next is read and the one before is written.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import xarray as xr
 
 from terraloom.config.campaign import Campaign
-from terraloom.grid import CampaignGrid, Tile
-from terraloom.io import digest_json, read_json, read_store, write_json, write_store
-from terraloom.log import get_logger, progress
+from terraloom.grid import CampaignGrid, Tile, row_areas_m2
+from terraloom.io import digest_json, read_json, read_store, write_json
+from terraloom.log import get_logger
 from terraloom.models.registry import card_path, check_contract
 from terraloom.predict.ensemble import Ensemble, member_files
 from terraloom.predict.layers import Layers
+from terraloom.predict.overlap import overlapped
 from terraloom.predict.reader import CubeReader
-from terraloom.preprocess.reasons import INVALID
+from terraloom.predict.tilewriter import TileWriter
+from terraloom.predict.views import F32, predict_views
+from terraloom.predict.windows import Window, cut, in_batches
 from terraloom.state import code_digest
 from terraloom.train.run import task_specs
 
-__all__ = ["CUBES", "TILES", "predict_batch", "predict_tile"]
+__all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
 
 CUBES = Path("work/cube")
 TILES = Path("work/predict")
 
+#: Most bytes that the values of the windows in flight take: one read, one predicted, one written.
+_MOST_BYTES = 1_500_000_000
+#: Copies of a window's values that are held at once, features of the network among them.
+_COPIES = 6
+
+Batch = list[tuple[Window, tuple[Tile, ...]]]
+#: Inputs or predictions of a batch of windows, and the reason bits of each.
+Loaded = tuple[dict[str, F32], list[npt.NDArray[np.uint8]]]
 log = get_logger(__name__)
 
 
-def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
-    """Predict the tiles of one job and write their manifest; finished tiles are kept."""
-    torch.set_num_threads(campaign.predict.threads)
-    torch.use_deterministic_algorithms(True)
-    ensemble = Ensemble.load()
-    reader = CubeReader(CUBES, grid)
+@dataclass
+class Speed:
+    """What a job has done, and in which time.
+
+    Attributes:
+        delivered_px: Pixels of predicted tiles (count).
+        computed_px: Pixels that the networks were run on, halo and all (count).
+        area_ha: True area of the predicted tiles.
+        seconds: Wall time, all of the work in it.
+        network_s: Of it, inside the networks.
+        start: Clock when the work began.
+    """
+
+    delivered_px: int = 0
+    computed_px: int = 0
+    area_ha: float = 0.0
+    seconds: float = 0.0
+    network_s: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+
+    def stop(self) -> None:
+        """The work is done."""
+        self.seconds = time.monotonic() - self.start
+
+    def record(self) -> dict[str, float]:
+        """Rates for the manifest of a job."""
+        s = max(self.seconds, 1e-9)
+        return {
+            "mpx_per_s": self.delivered_px / 1e6 / s,
+            "computed_mpx_per_s": self.computed_px / 1e6 / s,
+            "ha_per_s": self.area_ha / s,
+            "network_share": self.network_s / s,
+            "seconds": self.seconds,
+        }
+
+
+def load_ensemble(campaign: Campaign, reader: CubeReader) -> Ensemble:
+    """The ensemble of a campaign, ready to predict what a reader reads.
+
+    Raises:
+        ModelError: It was trained for other bands, classes or tasks; or see
+            :meth:`Ensemble.load`.
+    """
+    ensemble = Ensemble.load(campaign=campaign)
     for file in member_files():
         check_contract(
             read_json(card_path(file)), reader.channels, task_specs(campaign), where=str(file)
         )
+    return ensemble
+
+
+def fitting_window_px(campaign: Campaign, ensemble: Ensemble) -> int:
+    """``predict.window_px``, or less where a window's values would take too much memory."""
+    how = campaign.predict
+    per_px = 4 * _COPIES * ensemble.values_per_px * how.batch
+    side = int(math.sqrt(_MOST_BYTES / per_px)) - 2 * ensemble.halo_px
+    fits = max(side, 96)
+    if fits < how.window_px:
+        log.info("windows of %d px instead of %d, to bound memory", fits, how.window_px)
+    return min(fits, how.window_px)
+
+
+def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
+    """Predict the tiles of one job and write their manifest; finished tiles are kept."""
+    reader = CubeReader(CUBES, grid)
+    ensemble = load_ensemble(campaign, reader)
     tiles = grid.batches(campaign.grid.tiles_per_job)[batch]
-    code, bits = code_digest("predict.engine"), campaign.products.probability_bits
+    digests = _digests(campaign, grid, tiles, ensemble)
+    todo = {t.name: t for t in tiles if not _finished(t, digests[t.name])}
+    for tile in tiles:
+        if tile.name not in todo:
+            log.info("tile %s: finished before, kept", tile.name)
+    manifest = TILES / f"{batch}.json"
+    speed = predict_tiles(campaign, grid, tiles, todo, digests, ensemble, reader)
+    rates = speed.record()
+    if todo:
+        log.info(
+            "%s: %.3f Mpx/s, %.1f ha/s with %d members on %s; %.3f Mpx/s computed, %.0f %% of the "
+            "time in the networks", batch, rates["mpx_per_s"], rates["ha_per_s"],
+            len(ensemble.members), ensemble.device, rates["computed_mpx_per_s"],
+            100 * rates["network_share"],
+        )  # fmt: skip
+    elif manifest.exists():
+        rates = read_json(manifest).get("speed", rates)  # nothing done: the same manifest as before
+    record = {
+        t.name: {"path": _path(t).as_posix(), "digest": digests[t.name]} for t in tiles
+    }  # fmt: skip
+    write_json(manifest, {"tiles": record, "speed": rates})
+
+
+def predict_tiles(
+    campaign: Campaign, grid: CampaignGrid, tiles: Sequence[Tile], todo: Mapping[str, Tile],
+    digests: Mapping[str, str], ensemble: Ensemble, reader: CubeReader, folder: Path = TILES,
+) -> Speed:  # fmt: skip
+    """Predict tiles and write a store of each.
+
+    Args:
+        campaign: The campaign.
+        grid: Its grid.
+        tiles: Tiles of the job, which decide how they are cut into windows.
+        todo: Those of them to predict, by name.
+        digests: Digest of what each depends on, to be kept in its store.
+        ensemble: The networks.
+        reader: Reader of the cubes.
+        folder: Folder of the stores.
+
+    Returns:
+        How fast that was.
+    """
+    how, speed = campaign.predict, Speed()
+    windows = cut(tiles, grid.tile_px, fitting_window_px(campaign, ensemble), ensemble.stride_px)
+    wanted = [(w, held) for w, held in windows if any(t.name in todo for t in held)]
+    layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits)
+    batches = list(in_batches(wanted, how.batch))
+    halo, stride = ensemble.halo_px, ensemble.stride_px
+    done, last = 0, time.monotonic()
+
+    def load(batch: Batch) -> Loaded:
+        parts = []
+        for window, _ in batch:
+            around = window.padded(halo, stride)
+            parts.append(reader.window(around.row, around.col, around.height, around.width))
+        inputs = {g: np.stack([p[g] for p in parts]) for g in parts[0]}
+        return inputs, [reader.reasons(window) for window, _ in batch]
+
+    def compute(loaded: Loaded) -> Loaded:
+        start = time.monotonic()
+        values = predict_views(ensemble.predict, loaded[0], how.views)
+        speed.network_s += time.monotonic() - start
+        return values, loaded[1]
+
+    def store(batch: Batch, found: Loaded) -> None:
+        nonlocal done, last
+        for n, (window, held) in enumerate(batch):
+            around = window.padded(halo, stride)
+            rows, cols = window.within(around)
+            inner = {name: v[:, n, :, rows, cols] for name, v in found[0].items()}
+            writer.write(window, [t for t in held if t.name in todo], inner, found[1][n])
+            speed.computed_px += around.height * around.width
+        done += 1
+        if (now := time.monotonic()) - last > 5:
+            left = (now - speed.start) / done * (len(batches) - done)
+            log.info("%d of %d windows done, about %.0f s left", done, len(batches), left)
+            last = now
+
+    with TileWriter(folder, layers, grid, digests, wanted, how.threads) as writer:
+        overlapped(batches, load, compute, store)
+    speed.stop()
+    for tile in todo.values():
+        h, w = tile.geobox.shape
+        speed.delivered_px += h * w
+        speed.area_ha += float(row_areas_m2(tile.geobox).sum()) * w / 1e4
+    return speed
+
+
+def _path(tile: Tile) -> Path:
+    return TILES / f"{tile.name}.zip"
+
+
+def _finished(tile: Tile, digest: str) -> bool:
+    path = _path(tile)
+    return path.exists() and bool(read_store(path).attrs.get("digest") == digest)
+
+
+def _digests(
+    campaign: Campaign, grid: CampaignGrid, tiles: Sequence[Tile], ensemble: Ensemble
+) -> dict[str, str]:
+    """Digest of all that the values of each tile depend on; windows and devices are not in it."""
+    code = code_digest("predict.engine")
     cubes = {
         name: record["digest"]
         for file in sorted(CUBES.glob("b*.json"))
         for name, record in read_json(file)["tiles"].items()
     }
     names = {(t.column, t.row): t.name for t in grid.tiles()}
-    start, done_px = time.monotonic(), 0
-    manifest: dict[str, Any] = {}
-    for tile in progress(tiles, what=f"{batch}: tiles predicted"):
-        path = TILES / f"{tile.name}.zip"
+    tasks = [t.model_dump(mode="json") for t in campaign.tasks]
+    how = campaign.predict
+    means = [how.precision, how.views, how.dropout_passes, how.dropout_passes and campaign.seed,
+             campaign.products.probability_bits]  # fmt: skip
+    found = {}
+    for tile in tiles:
         around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))
         near = {n: cubes[n] for n in around if n in cubes}
-        tasks = [t.model_dump(mode="json") for t in campaign.tasks]
-        digest = digest_json([code, ensemble.digest, near, tasks, bits])
-        if path.exists() and read_store(path).attrs.get("digest") == digest:
-            log.info("tile %s: finished before, kept", tile.name)
-        else:
-            reasons = read_store(CUBES / f"{tile.name}.zip")["reasons"].to_numpy()
-            dataset = predict_tile(tile, grid, campaign, ensemble, reader, reasons)
-            dataset.attrs["digest"] = digest
-            write_store(path, dataset)
-            done_px += tile.geobox.shape[0] * tile.geobox.shape[1]
-        manifest[tile.name] = {"path": path.as_posix(), "digest": digest}
-    seconds = time.monotonic() - start
-    log.info("%s: %.3f Mpx/s with %d members", batch, done_px / 1e6 / seconds,
-             len(ensemble.members))  # fmt: skip
-    write_json(TILES / f"{batch}.json", {"tiles": manifest})
+        found[tile.name] = digest_json([code, ensemble.digest, near, tasks, means])
+    return found
 
 
 def _neighbourhood(tile: Tile, names: Mapping[tuple[int, int], str], reach: int) -> list[str]:
@@ -82,41 +239,3 @@ def _neighbourhood(tile: Tile, names: Mapping[tuple[int, int], str], reach: int)
     steps = range(-reach, reach + 1)
     places = [(tile.column + dx, tile.row + dy) for dy in steps for dx in steps]
     return [names[p] for p in places if p in names]
-
-
-def predict_tile(
-    tile: Tile,
-    grid: CampaignGrid,
-    campaign: Campaign,
-    ensemble: Ensemble,
-    reader: CubeReader,
-    reasons: npt.NDArray[np.uint8],
-) -> xr.Dataset:
-    """Products of one tile at 10 m.
-
-    Args:
-        tile: The tile.
-        grid: Grid of the campaign.
-        campaign: The campaign.
-        ensemble: Members and calibration.
-        reader: Reader of the cubes.
-        reasons: (H, W) bits; a pixel with an invalid bit gets no prediction.
-
-    Returns:
-        ``class_index`` (255 = none), ``probabilities``, ``uncertainty``, one variable per further
-        task, ``reasons``; all encoded as in the products.
-    """
-    halo = ensemble.halo_px
-    h, w = tile.geobox.shape
-    row, col = tile.row * grid.tile_px, tile.column * grid.tile_px
-    inputs = reader.window(row - halo, col - halo, h + 2 * halo, w + 2 * halo)
-    raw = {
-        name: values[:, 0, :, halo : halo + h, halo : halo + w]
-        for name, values in ensemble.predict({g: x[None] for g, x in inputs.items()}).items()
-    }
-    valid = (reasons & np.uint8(INVALID)) == 0
-    layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits)
-    data: dict[str, Any] = {"reasons": (("y", "x"), reasons)}
-    for name, values in layers.encode(raw, valid).items():
-        data[name] = (layers.dims(name, values.ndim), values)
-    return xr.Dataset(data, attrs={"tile": tile.name})

@@ -13,9 +13,9 @@ from terraloom.config.base import TaskKind
 from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
 from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode
-from terraloom.train.ensemble import Calibration, calibrated
+from terraloom.predict.sharpen import calibrated_parts
+from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.decompose import (
-    decompose_entropy,
     decompose_regression,
     encode_entropy,
 )
@@ -23,8 +23,6 @@ from terraloom.uncertainty.decompose import (
 __all__ = ["REGRESSION_NODATA", "Layers"]
 
 REGRESSION_NODATA = -9999.0
-#: Rows of a window whose probabilities are calibrated at once.
-_STRIP_ROWS = 8
 #: Names of the dimension before rows and columns.
 _FIRST = {"probabilities": "class", "uncertainty": "kind"}
 
@@ -78,12 +76,7 @@ class Layers:
 def _classes(
     members: F32, calibration: Calibration, code: ProbabilityCode, valid: Valid
 ) -> dict[str, npt.NDArray[Any]]:
-    sharp = np.empty(members.shape, np.float32)
-    # Calibration works in float64: strips stay in cache, copies of the whole ensemble would not.
-    for row in range(0, members.shape[2], _STRIP_ROWS):
-        strip = slice(row, row + _STRIP_ROWS)
-        sharp[:, :, strip] = calibrated(members[:, :, strip], calibration, axis=1)
-    parts = decompose_entropy(sharp)
+    parts = calibrated_parts(members, calibration)
     k = members.shape[1]
     index = parts.mean.argmax(axis=0).astype(np.uint8)
     index[~valid] = IGNORE_INDEX

@@ -145,7 +145,7 @@ class TileStore:
 
     def variable(
         self, name: str, dims: Sequence[str], shape: Sequence[int], dtype: str,
-        attrs: Mapping[str, Any] | None = None,
+        attrs: Mapping[str, Any] | None = None, *, packed: bool = True,
     ) -> Any:  # fmt: skip
         """Add a variable on pixels, empty so far; returns the array to write to.
 
@@ -153,18 +153,19 @@ class TileStore:
             name: Its name.
             dims: Names of its dimensions; the last two are rows and columns.
             shape: Its shape.
-            dtype: ``uint16`` for reflectance, see :func:`encode`; ``float32``; ``uint8``.
+            dtype: ``uint16`` for reflectance, see :func:`encode`; ``float32``; other integers.
             attrs: Attributes.
+            packed: Whether ``uint16`` is reflectance; else it is stored as it is.
         """
-        fill: float = {"uint16": _FILL, "float32": float("nan"), "uint8": 0}[dtype]
-        packed = _REFLECTANCE if dtype == "uint16" else {}
+        codes = _REFLECTANCE if dtype == "uint16" and packed else {}
+        fill: float = _FILL if codes else float("nan") if dtype == "float32" else 0
         chunks = [1] * (len(shape) - 2) + [min(n, CHUNK_PX) for n in shape[-2:]]
         self._order.append(name)
         return self._root.create_array(
             name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), fill_value=fill,
             dimension_names=list(dims),
             attributes={
-                **(attrs or {}), **packed, "grid_mapping": "spatial_ref",
+                **(attrs or {}), **codes, "grid_mapping": "spatial_ref",
                 "coordinates": "spatial_ref",
             },
         )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Stores of predicted tiles, written window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from terraloom.grid import CampaignGrid, Tile
+from terraloom.predict.layers import Layers
+from terraloom.predict.windows import Window
+from terraloom.preprocess.reasons import INVALID
+from terraloom.preprocess.tilestore import TileStore
+
+__all__ = ["TileWriter", "encoded"]
+
+#: Values of a strip that is encoded at once (count): a few megabytes.
+_STRIP_VALUES = 1 << 20
+#: Rows of a strip are whole numbers of this: of all cells that a layer may work on.
+_STRIP_ROWS = 12
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class _Open:
+    """A store in the making, and how many windows it still waits for."""
+
+    store: TileStore
+    stack: ExitStack
+    left: int
+    arrays: dict[str, Any] = field(default_factory=dict)
+
+
+class TileWriter:
+    """Encodes predictions and writes them; a tile stands when its last window has come.
+
+    Args:
+        folder: Folder of the stores.
+        layers: What is kept.
+        grid: Grid of the campaign.
+        digests: Digest by tile.
+        windows: All windows that will come, with their tiles.
+        threads: Threads that encode.
+    """
+
+    def __init__(
+        self, folder: Path, layers: Layers, grid: CampaignGrid, digests: Mapping[str, str],
+        windows: Sequence[tuple[Window, Sequence[Tile]]], threads: int = 1,
+    ) -> None:  # fmt: skip
+        self._folder, self._layers, self._grid = folder, layers, grid
+        self._digests = digests
+        self._left: dict[str, int] = {}
+        for _, tiles in windows:
+            for tile in tiles:
+                self._left[tile.name] = self._left.get(tile.name, 0) + 1
+        self._open: dict[str, _Open] = {}
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> TileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._pool.shutdown()
+        for waiting in self._open.values():  # tiles that were not finished leave nothing
+            waiting.stack.__exit__(kind or RuntimeError, err, trace)
+        self._open.clear()
+
+    def write(
+        self, window: Window, tiles: Sequence[Tile], values: Mapping[str, npt.NDArray[np.float32]],
+        reasons: npt.NDArray[np.uint8],
+    ) -> None:  # fmt: skip
+        """Write a window to its tiles.
+
+        Args:
+            window: Where it lies.
+            tiles: Tiles to write; pixels of others are left out.
+            values: Members' predictions per task, (M, c, h, w).
+            reasons: (h, w) bits; a pixel with an invalid bit gets no prediction.
+        """
+        found = encoded(self._layers, values, reasons, self._pool)
+        for tile in tiles:
+            place = Window.of(tile, self._grid.tile_px)
+            part = window.common(place)
+            here, there = part.within(window), part.within(place)
+            target = self._target(tile, found)
+            for name, array in found.items():
+                target.arrays[name][(..., *there)] = array[(..., *here)]
+            target.left -= 1
+            if not target.left:
+                target.store.attrs.update({"tile": tile.name, "digest": self._digests[tile.name]})
+                del self._open[tile.name]
+                target.stack.close()
+
+    def _target(self, tile: Tile, like: Mapping[str, Array]) -> _Open:
+        if tile.name in self._open:
+            return self._open[tile.name]
+        stack = ExitStack()
+        path = self._folder / f"{tile.name}.zip"
+        store = stack.enter_context(TileStore(path, tile.geobox.crs))
+        target = self._open[tile.name] = _Open(store, stack, self._left[tile.name])
+        for name, array in sorted(like.items()):
+            shape = (*array.shape[:-2], *tile.geobox.shape)
+            dims = self._layers.dims(name, array.ndim)
+            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), packed=False)
+        return target
+
+
+def encoded(
+    layers: Layers, values: Mapping[str, npt.NDArray[np.float32]], reasons: npt.NDArray[np.uint8],
+    pool: ThreadPoolExecutor,
+) -> dict[str, Array]:  # fmt: skip
+    """Layers of a window with ``reasons`` among them, strip by strip, so that copies stay small."""
+    h, w = reasons.shape
+    valid = (reasons & np.uint8(INVALID)) == 0
+    per_row = w * max(v.shape[0] * v.shape[1] for v in values.values())
+    step = max(_STRIP_VALUES // per_row // _STRIP_ROWS, 1) * _STRIP_ROWS
+    strips = [slice(r, min(r + step, h)) for r in range(0, h, step)]
+
+    def one(rows: slice) -> dict[str, Array]:
+        return layers.encode({k: v[..., rows, :] for k, v in values.items()}, valid[rows])
+
+    out: dict[str, Array] = {"reasons": reasons}
+    for rows, found in zip(strips, pool.map(one, strips), strict=True):
+        for name, part in found.items():
+            if name not in out:
+                out[name] = np.empty((*part.shape[:-2], h, w), part.dtype)
+            out[name][..., rows, :] = part
+    return out
