@@ -1,9 +1,12 @@
 """Prediction: throughput beside the pure forward pass, and memory beside the size of the raster.
 
-Usage: python benchmarks/prediction.py [RUN_FOLDER]     a finished run of the demo; default: .
+Usage: python benchmarks/prediction.py [--large] [--device cuda] [--threads N] [--members M]
 
-The memory rows repeat one tile of that run (hard links), predict it with one member of the run
-and write each tile: 2016 and 8064 px are the multiples of the 48 px lattice next to 2048 and 8192.
+Simulated cubes (10 bands of Sentinel-2), networks of the default size with random weights; needs no
+run. The job of `terraloom predict-tiles` (cubes from disk in, predicted tiles on disk out) is timed
+beside the forward passes alone, of the same networks on inputs in memory, in the windows that
+are fastest for them. With --large memory is measured to 16128 px instead of 8064 (multiples of
+the 48 px lattice next to 16384 and 8192).
 """
 
 from __future__ import annotations
@@ -16,101 +19,181 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from shapely.geometry import box
+import numpy as np
+import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from shapely import box
 
-from terraloom.aoi import campaign_grid
-from terraloom.config.load import load_campaign
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from support.networks import random_ensemble
+from terraloom.config.campaign import Campaign
+from terraloom.config.load import parse_campaign
 from terraloom.grid import CampaignGrid
-from terraloom.io import read_store, write_store
-from terraloom.predict.engine import predict_tile
+from terraloom.io import read_json, write_json, write_store
+from terraloom.predict.engine import predict_batch
 from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
 
 ROUNDS = 5
-TILE_PX = 672
+BANDS = {"s2_10": ["B02", "B03", "B04", "B08"],
+         "s2_20": ["B05", "B06", "B07", "B8A", "B11", "B12"]}  # fmt: skip
+#: Sides of inputs (pixels) and how many at once, of the forward passes alone.
+FORWARD = ((240, 1), (288, 4), (480, 1), (864, 1), (1152, 1), (1632, 1))
+#: On GPUs, where small inputs leave it idle.
+FORWARD_CUDA = ((288, 16), (864, 1), (864, 4), (1632, 1), (2400, 1))
+#: Peers in perf.md: their whole time over the time of the same forward passes.
+PEERS = "2.3-2.5 x the time of their forward passes (ratio .40-.43), with seams of .5-.7 logits"
 
 
-def throughput(run: Path) -> None:
-    """Print Mpx/s of predicting one tile, and its ratio to the forward passes alone."""
-    os.chdir(run)
-    torch.set_num_threads(1)
-    campaign = load_campaign("work/campaign.yaml")
-    grid = campaign_grid(campaign)
-    ensemble = Ensemble.load()
-    tile = grid.tiles()[0]
-    reasons = read_store(f"work/cube/{tile.name}.zip")["reasons"].to_numpy()
-    h, w = tile.geobox.shape
-    halo = ensemble.halo_px
-    window = CubeReader(Path("work/cube"), grid).window(-halo, -halo, h + 2 * halo, w + 2 * halo)
-    inputs = {g: x[None] for g, x in window.items()}
-    whole, forward = [], []
-    for _ in range(ROUNDS):
-        start = time.monotonic()
-        ensemble.predict(inputs)
-        forward.append(time.monotonic() - start)
-        start = time.monotonic()
-        reader = CubeReader(Path("work/cube"), grid)  # reads from disk, as a job does
-        data = predict_tile(tile, grid, campaign, ensemble, reader, reasons)
-        with tempfile.TemporaryDirectory() as folder:
-            write_store(Path(folder) / "tile.zip", data)
-        whole.append(time.monotonic() - start)
-    ratio = statistics.median(f / t for f, t in zip(forward, whole, strict=True))
-    computed = (h + 2 * halo) * (w + 2 * halo) / 1e6
-    print(f"tile {h} x {w} px, halo {halo} px, {len(ensemble.members)} members, 1 thread")
-    print(f"forward passes alone   {computed / statistics.median(forward):6.3f} Mpx/s computed")
-    print(f"read, predict, write   {computed / statistics.median(whole):6.3f} Mpx/s computed")
-    print(f"ratio (median of {ROUNDS})    {ratio:6.3f}")
+def build(
+    folder: Path, size_px: int, tile_px: int, **predict: Any
+) -> tuple[Campaign, CampaignGrid]:
+    """Cubes of a square region, all tiles alike, and its campaign; the folder becomes current."""
+    os.chdir(folder)
+    rng = np.random.default_rng(0)
+    geobox = GeoBox((size_px, size_px), Affine(10, 0, 399960, 0, -10, 5800020), "EPSG:32633")
+    b = geobox.boundingbox
+    grid = CampaignGrid(geobox, tile_px, box(b.left, b.bottom, b.right, b.top))
+    parts: dict[str, Any] = {"reasons": (("y_10", "x_10"), np.zeros((tile_px, tile_px), np.uint8))}
+    coords: dict[str, Any] = {"period": ["a"]}
+    encoding = {}
+    for group, bands in BANDS.items():
+        res = int(group[3:])
+        n = tile_px * 10 // res
+        values = (rng.gamma(9, 0.02, (1, len(bands), n, n))).astype(np.float32)
+        parts[group] = (("period", f"band_{group}", f"y_{res}", f"x_{res}"), values)
+        coords[f"band_{group}"] = bands
+        # As cubes store it: reflectance in steps of 1e-4, chunks of 512 px.
+        encoding[group] = {"dtype": "uint16", "scale_factor": 1e-4, "add_offset": -0.1,
+                           "_FillValue": 65535,
+                           "chunks": (1, 1, min(n, 512), min(n, 512))}  # fmt: skip
+    dataset = xr.Dataset(parts, coords=coords)
+    for group, how in encoding.items():
+        dataset[group].encoding = how
+    write_store("work/cube/one.zip", dataset)
+    for tile in grid.tiles():
+        os.link("work/cube/one.zip", f"work/cube/{tile.name}.zip")
+    write_json("work/cube/b0000.json", {"tiles": {t.name: {"digest": "1"} for t in grid.tiles()}})
+    names = "\n".join(f"{k + 1},class {k},#00{k:02x}00" for k in range(8))
+    Path("classes.csv").write_text(f"code,name,color\n{names}\n")
+    campaign = parse_campaign(
+        {
+            "name": "b", "title": "B", "aoi": {"bbox": [0, 0, 1, 1]},
+            "grid": {"tile_px": tile_px, "tiles_per_job": 64},
+            "sources": [{"source": "sentinel-2-l1c"}], "predict": predict,
+            "cube": {"periods": [{"name": "a", "start": "2023-01-01", "end": "2023-12-31"}]},
+            "tasks": [{"name": "lc", "kind": "segmentation", "classes": "classes.csv",
+                       "labels": {"file": "l.gpkg", "column": "c"}}],
+        }
+    )  # fmt: skip
+    return campaign, grid
 
 
-def memory(run: Path, size_px: int) -> None:
-    """Predict a raster of ``size_px`` squared from one repeated tile; print the peak RSS in MB."""
-    os.chdir(run)
-    torch.set_num_threads(1)
-    campaign = load_campaign("work/campaign.yaml")
-    ensemble = Ensemble.load()
-    ensemble = replace(ensemble, members=ensemble.members[:1])
-    side = size_px * 10
-    grid = CampaignGrid.from_aoi(box(0, 0, side, side), "EPSG:32633", tile_px=TILE_PX)
-    first = campaign_grid(campaign).tiles()[0]
-    cube = read_store(f"work/cube/{first.name}.zip").load()
-    cut = {
-        d: slice(0, TILE_PX * 10 // int(str(d).rsplit("_", 1)[1]))
-        for d in cube.sizes
-        if str(d)[:2] in ("y_", "x_")
-    }
+def clear() -> None:
+    """Forget predicted tiles."""
+    for file in Path("work/predict").glob("*"):
+        file.unlink()
+
+
+def throughput(args: argparse.Namespace) -> None:
+    """Print Mpx/s of jobs and of the forward passes alone, and their ratios."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_store(folder / "one.zip", cube.isel(cut))
-        reasons = read_store(folder / "one.zip")["reasons"].to_numpy()
-        for tile in grid.tiles():
-            os.link(folder / "one.zip", folder / f"{tile.name}.zip")
-        reader = CubeReader(folder, grid)
-        for tile in grid.tiles():
-            data = predict_tile(tile, grid, campaign, ensemble, reader, reasons)
-            write_store(folder / "out.zip", data)
+        campaign, grid = build(Path(name), args.size, args.tile, device=args.device,
+                               threads=args.threads, window_px=args.window)  # fmt: skip
+        random_ensemble(campaign, grid, args.members, width=12)
+        ensemble = Ensemble.load(campaign=campaign)
+        reader, halo = CubeReader(Path("work/cube"), grid), ensemble.halo_px
+        forward = FORWARD_CUDA if ensemble.device.type == "cuda" else FORWARD
+        inputs = {}
+        for side, n in forward:
+            one = reader.window(0, 0, side, side)
+            inputs[side, n] = {g: np.stack([x] * n) for g, x in one.items()}
+        rates: dict[tuple[int, int], list[float]] = {k: [] for k in inputs}
+        computed, delivered, shares = [], [], []
+        for turn in range(ROUNDS + 1):  # the first warms up
+            for key, x in inputs.items():
+                start = time.perf_counter()
+                ensemble.predict(x)
+                rate = key[1] * key[0] ** 2 / 1e6 / (time.perf_counter() - start)
+                if turn:
+                    rates[key].append(rate)
+            clear()
+            start = time.perf_counter()
+            predict_batch(campaign, grid, "b0000")
+            seconds = time.perf_counter() - start
+            if turn:
+                speed = read_json("work/predict/b0000.json")["speed"]
+                # The whole job, networks loaded and all, over what its windows computed.
+                done = speed["computed_mpx_per_s"] * speed["seconds"]
+                computed.append(done / seconds)
+                delivered.append(args.size**2 / 1e6 / seconds)
+                shares.append(speed["network_share"])
+        report(args, ensemble, halo, rates, computed, delivered, shares)
+
+
+def report(
+    args: argparse.Namespace, ensemble: Ensemble, halo: int,
+    rates: dict[tuple[int, int], list[float]], computed: list[float], delivered: list[float],
+    shares: list[float],
+) -> None:  # fmt: skip
+    """Print the table."""
+    print(f"region {args.size} px, tiles {args.tile} px, windows {args.window} px, halo {halo} px, "
+          f"{args.members} members, {args.threads} threads, {ensemble.device}")  # fmt: skip
+    middle = {k: statistics.median(v) for k, v in rates.items()}
+    for (side, n), rate in middle.items():
+        print(f"forward alone, {n:2} x {side:4} px    {rate:8.3f} Mpx/s")
+    best = max(middle, key=lambda k: middle[k])
+    same = min(rates, key=lambda k: abs(k[0] - args.window - 2 * halo) + k[1])
+    print(f"job, computed (halo counted) {statistics.median(computed):8.3f} Mpx/s")
+    print(f"job, delivered               {statistics.median(delivered):8.3f} Mpx/s, "
+          f"{100 * statistics.median(delivered):.1f} ha/s")  # fmt: skip
+    print(f"share of a job in networks   {statistics.median(shares):8.3f}")
+    for what, key in (("its own windows", same), ("the fastest windows", best)):
+        for label, values in (("computed", computed), ("delivered", delivered)):
+            ratio = statistics.median(v / r for v, r in zip(values, rates[key], strict=True))
+            print(f"{label} / forward in {what} ({key[0]} px): {ratio:.3f}")
+    print(f"peers: {PEERS}")
+
+
+def memory(size_px: int) -> None:
+    """Predict a region with a tiny network, job by job; print the peak RSS in MB."""
+    with tempfile.TemporaryDirectory() as name:
+        campaign, grid = build(Path(name), size_px, 672, device="cpu")
+        random_ensemble(campaign, grid, 1, width=4)
+        jobs = grid.batches(campaign.grid.tiles_per_job)
+        for batch in jobs:
+            predict_batch(campaign, grid, batch)
+            clear()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, default=Path())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--size", type=int, default=1536)
+    parser.add_argument("--tile", type=int, default=1536)
+    parser.add_argument("--window", type=int, default=1536)
+    parser.add_argument("--only", choices=["throughput", "memory"])
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--memory", type=int, help="size in pixels; used by the script itself")
     args = parser.parse_args()
     if args.memory:
-        memory(args.run, args.memory)
+        memory(args.memory)
         return
-    peaks = {}
-    for size in (2016, 8064):
-        command = [sys.executable, __file__, str(args.run), "--memory", str(size)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[size] = float(out.split()[-1])
-    throughput(args.run)
-    for size, peak in peaks.items():
-        print(f"peak RSS {size:5} x {size} px  {peak:7.0f} MB")
+    if args.only != "memory":
+        throughput(args)
+    if args.only != "throughput":
+        for size in (2016, 16128 if args.large else 8064):
+            command = [sys.executable, __file__, "--memory", str(size)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            print(f"peak RSS {size:5} x {size:5} px  {float(out.split()[-1]):7.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

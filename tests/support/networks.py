@@ -22,7 +22,14 @@ from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
 
 
-def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) -> None:
+def random_ensemble(
+    campaign: Campaign,
+    grid: CampaignGrid,
+    members: int = 2,
+    *,
+    width: int = 8,
+    dropout: float = 0.3,
+) -> None:
     """Save members with random weights that fit the cubes of the run in the working directory."""
     found = CubeReader(Path("work/cube"), grid).channels
     channels = {g: tuple(found[g]) for g in sorted(found)}  # a store keeps no order
@@ -33,7 +40,7 @@ def random_ensemble(campaign: Campaign, grid: CampaignGrid, members: int = 2) ->
         )
         for t in campaign.tasks
     )
-    spec = FusionSpec(channels, tasks, width=8)
+    spec = FusionSpec(channels, tasks, width=width, dropout=dropout)
     rng = np.random.default_rng(0)
     normalisation = {
         g: Normalisation(*(tuple(rng.uniform(0.1, 0.3, len(n) + len(index_pairs(g, n))))

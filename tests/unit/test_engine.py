@@ -7,105 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
-from affine import Affine
-from odc.geo.geobox import GeoBox
-from shapely import box
 
 from support.networks import random_ensemble
-from terraloom.config.campaign import Campaign
-from terraloom.config.load import parse_campaign
+from support.prediction import H, W, cut, whole, world
 from terraloom.errors import ModelError, StateError
-from terraloom.grid import CampaignGrid
-from terraloom.io import read_json, read_store, write_json, write_store
+from terraloom.io import read_json, write_json
 from terraloom.predict.engine import predict_batch
 from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import Reason
 
-H, W = 240, 240
-GEOBOX = GeoBox((H, W), Affine(10, 0, 399960, 0, -10, 5800020), "EPSG:32633")
-GROUPS = {
-    "s2_10": ["B04", "B08"], "s2_20": ["B05", "B11"], "hls_30": ["B1", "B2"], "s2_60": ["B09"],
-    "modis_240": ["NDVI"],
-}  # fmt: skip
 
-
-def campaign(tile_px: int) -> Campaign:
-    return parse_campaign(
-        {
-            "name": "t", "title": "T", "aoi": {"bbox": [0, 0, 1, 1]},
-            "grid": {"tile_px": tile_px, "tiles_per_job": 100},
-            "sources": [{"source": "sentinel-2-l1c"}],
-            "cube": {"periods": [{"name": "a", "start": "2023-01-01", "end": "2023-12-31"}]},
-            "tasks": [
-                {"name": "lc", "kind": "segmentation", "classes": "classes.csv",
-                 "labels": {"file": "l.gpkg", "column": "c"}},
-                {"name": "height", "kind": "regression", "range": [0, 40],
-                 "labels": {"file": "l.gpkg", "column": "h"}},
-                {"name": "edge", "kind": "boundary", "labels": {"file": "l.gpkg"}},
-            ],
-        }
-    )  # fmt: skip
-
-
-def world() -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Smooth values with noise and gaps at native resolutions, and reasons (H, W)."""
-    rng = np.random.default_rng(3)
-    data: dict[str, np.ndarray] = {}
-    for group, bands in GROUPS.items():
-        f = group_factor(group)
-        x = rng.uniform(0.02, 0.5, (1, len(bands), H // f, W // f)).astype(np.float32)
-        x[:, :, : 60 // f, 120 // f : 180 // f] = np.nan
-        data[group] = x
-    reasons = np.zeros((H, W), np.uint8)
-    reasons[:60, 120:180] = Reason.CLOUD
-    reasons[-30:, :48] = Reason.NODATA
-    reasons[100:110] = Reason.WATER
-    return data, reasons
-
-
-def cut(folder: Path, tile_px: int) -> tuple[Campaign, CampaignGrid]:
-    """The same world as cubes of a tile size."""
-    data, reasons = world()
-    b = GEOBOX.boundingbox
-    grid = CampaignGrid(GEOBOX, tile_px, box(b.left, b.bottom, b.right, b.top))
-    manifest = {}
-    for tile in grid.tiles():
-        r, c = tile.row * tile_px, tile.column * tile_px
-        h, w = tile.geobox.shape
-        parts: dict[str, Any] = {"reasons": (("y_10", "x_10"), reasons[r : r + h, c : c + w])}
-        coords: dict[str, Any] = {"period": ["a"]}
-        for group, bands in GROUPS.items():
-            f = group_factor(group)
-            res = 10 * f
-            window = data[group][..., r // f : (r + h) // f, c // f : (c + w) // f]
-            parts[group] = (("period", f"band_{group}", f"y_{res}", f"x_{res}"), window)
-            coords[f"band_{group}"] = bands
-        write_store(folder / f"work/cube/{tile.name}.zip", xr.Dataset(parts, coords=coords))
-        manifest[tile.name] = {"digest": tile.name}
-    write_json(folder / "work/cube/b0000.json", {"tiles": manifest})
-    (folder / "classes.csv").write_text("code,name,color\n1,a,#000000\n4,b,#111111\n9,c,#222222\n")
-    return campaign(tile_px), grid
-
-
-def whole(grid: CampaignGrid) -> dict[str, np.ndarray]:
-    """Predicted tiles joined to the region."""
-    out: dict[str, np.ndarray] = {}
-    for tile in grid.tiles():
-        store = read_store(f"work/predict/{tile.name}.zip")
-        r, c = tile.row * grid.tile_px, tile.column * grid.tile_px
-        for name, values in store.data_vars.items():
-            x = values.to_numpy()
-            full = out.setdefault(str(name), np.zeros((*x.shape[:-2], H, W), x.dtype))
-            full[..., r : r + x.shape[-2], c : c + x.shape[-1]] = x
-    return out
-
-
-def predicted(folder: Path, tile_px: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+def predicted(
+    folder: Path, tile_px: int, monkeypatch: pytest.MonkeyPatch, **predict: Any
+) -> dict[str, np.ndarray]:
     monkeypatch.chdir(folder)
-    c, grid = cut(folder, tile_px)
+    c, grid = cut(folder, tile_px, **predict)
     random_ensemble(c, grid)
     predict_batch(c, grid, "b0000")
     return whole(grid)
@@ -125,11 +43,19 @@ def test_the_reference_says_something(reference: dict[str, np.ndarray]) -> None:
     assert reference["uncertainty"][2, 120:, 100:].max() > 0, "members disagree somewhere"
 
 
-@pytest.mark.parametrize("tile_px", [96, 144])
-def test_results_do_not_depend_on_the_tiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, np.ndarray], tile_px: int
-) -> None:
-    got = predicted(tmp_path, tile_px, monkeypatch)
+@pytest.mark.parametrize(
+    ("tile_px", "predict"),
+    [
+        (96, {}),  # several tiles in a window
+        (144, {"window_px": 96}),  # several windows in a tile
+        (96, {"window_px": 96, "batch": 3, "threads": 2}),
+    ],
+)
+def test_results_do_not_depend_on_tiles_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, np.ndarray], tile_px: int,
+    predict: dict[str, Any],
+) -> None:  # fmt: skip
+    got = predicted(tmp_path, tile_px, monkeypatch, **predict)
     assert got.keys() == reference.keys()
     assert np.array_equal(got["class_index"], reference["class_index"])
     for name in ("probabilities", "uncertainty", "edge"):

@@ -275,5 +275,5 @@ class MapNet(nn.Module):
         for name, raw in self(moved).items():
             head: Any = self.heads[name]
             if isinstance(head, Head):
-                out[name] = head.physical(raw)
+                out[name] = head.physical(raw.float())  # of bf16 they would not sum to 1
         return out

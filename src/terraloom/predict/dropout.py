@@ -57,7 +57,7 @@ def drop_channels(net: MapNet, seed: int, member: int) -> MapNet:
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _DROPOUT) and child.p > 0:
-                setattr(module, name, _ChannelMask(child.p, (seed, member, found)))
+                setattr(module, name, _ChannelMask(child.p, (seed, member, found)).eval())
                 found += 1
     if not found:
         raise ModelError(

@@ -125,7 +125,7 @@ def _parts(whole: Window, window_px: int, unit_px: int) -> Iterator[Window]:
     """Windows of about equal size, row by row."""
 
     def edges(first: int, size: int) -> list[int]:
-        n = math.ceil(size / max(window_px, unit_px))
+        n = math.ceil(size / max(window_px // unit_px * unit_px, unit_px))
         step = math.ceil(size / n / unit_px) * unit_px
         return [*range(first, first + size, step), first + size]
 
