@@ -112,7 +112,7 @@ class TileWriter:
         for name, array in sorted(like.items()):
             shape = (*array.shape[:-2], *tile.geobox.shape)
             dims = self._layers.dims(name, array.ndim)
-            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), packed=False)
+            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), plain=True)
         return target
 
 
