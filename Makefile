@@ -18,6 +18,7 @@ help:
 	@echo "make rehearsal  run on a simulated region and score every stage; runs/rehearsal/"
 	@echo "make test       lint, types, unit and workflow tests"
 	@echo "make test-slow  the long tests"
+	@echo "make test-browser  pages in Chromium"
 	@echo "make test-gpu   training and prediction on a GPU beside the processor"
 	@echo "make bench      print the benchmark tables"
 
@@ -69,6 +70,12 @@ test-gpu: $(READY)
 test-extras: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r envs/requirements-extras.lock 2> >(grep -v WARNING >&2)
 	pytest tests/unit/test_masks.py tests/unit/test_masking.py
+
+# Pages in a real browser: Debian packages chromium and chromium-driver. Without them `make test`
+# leaves these tests out.
+test-browser: $(READY)
+	@command -v chromedriver >/dev/null || { echo "install it first: apt-get install chromium chromium-driver"; exit 1; }
+	pytest tests/browser
 
 schema: $(READY)
 	terraloom schema

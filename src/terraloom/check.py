@@ -119,7 +119,8 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
         "model": campaign.folds.count * campaign.model.members + 1 + int(campaign.model.baseline)
         if building.model == "build" else 0,
         "map": batches * (2 if campaign.products.layout == "tiles" else 1) + 2
-        + int(campaign.sample is not None) + int(simulated) + int(campaign.products.vector),
+        + 2 * int(campaign.sample is not None) + int(simulated)
+        + int(campaign.products.vector),
         "report": 2,
     }  # fmt: skip
     h, w = plan.grid.geobox.shape

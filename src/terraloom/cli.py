@@ -367,9 +367,18 @@ def polygonise_map(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 @app.command(rich_help_panel=MAP)
 def draw_sample(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Draw the probability sample from the map."""
-    from terraloom.assess.run import draw_sample as run
+    from terraloom.assess.sampling import draw_sample as run
 
     run(_load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
+def write_labelling_page(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Write the page on which people answer the sample: one HTML file that works offline."""
+    from terraloom.report.labelling import write_labelling_page as run
+
+    c = _load(campaign)
+    run(c, _grid(c))
 
 
 @app.command(rich_help_panel=MAP)

@@ -118,9 +118,13 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
     for section, key in (("folds", "regions"), ("model", "weights")):
         if data.get(section, {}).get(key):
             data[section][key] = path(data[section][key])
-    sample = data.get("sample")
-    if sample and sample.get("answers", "truth") != "truth":
-        sample["answers"] = path(sample["answers"])
+    sample = data.get("sample") or {}
+    for key in ("strata", "drawn", "answers"):
+        given = sample.get(key)
+        if isinstance(given, list):
+            sample[key] = [path(file) for file in given]
+        elif given and given != "truth":
+            sample[key] = path(given)
     return data
 
 
@@ -235,8 +239,20 @@ class Plan:
         sample = self.campaign.sample
         if sample is None:
             return []
-        truth = "resources/simulated/truth/truth.json"
-        return [truth if sample.answers == "truth" else sample.answers]
+        if sample.answers == "truth":
+            return ["resources/simulated/truth/truth.json"]
+        return sample.answer_paths
+
+    @property
+    def sample_files(self) -> list[str]:
+        """Files that the draw of the sample reads besides the map."""
+        sample = self.campaign.sample
+        if sample is None:
+            return []
+        drawn = sample.drawn
+        if drawn and not drawn.lower().endswith((".gpkg", ".geojson", ".json", ".shp", ".csv")):
+            return [f"{drawn}/sample.gpkg", f"{drawn}/design.json"]
+        return [f for f in (sample.strata, drawn) if f]
 
     @property
     def product_files(self) -> list[str]:
@@ -258,6 +274,8 @@ class Plan:
         final = ["results/map/map.json", "results/map/areas.csv", "results/map/metrics.json"]
         if self.campaign.archive.kind == "simulated":
             final.append("results/map/scoreboard.json")
+        if self.campaign.sample is not None:
+            final.append("results/map/labelling.html")
         return {
             "scenes": [
                 "results/scenes/items.json", "results/scenes/shifts.json",

@@ -1,13 +1,21 @@
 # Areas: from a probability sample where there is one, else map areas that say so.
 if CAMPAIGN.sample:
+    # Answers come after the draw and must not redo it.
+    DRAW_KEYS = [
+        f"sample.{key}"
+        for key in type(CAMPAIGN.sample).model_fields
+        if key not in ("answers", "primary", "max_unclear_pct", "page")
+    ]
 
     rule draw_sample:
         input:
             map="results/map/map.json",
             class_map=PLAN.product_files[0],
+            given=PLAN.sample_files,
         output:
             "results/map/sample.gpkg",
             "results/map/design.json",
+            "results/map/allocation.csv",
         log:
             "logs/draw_sample.log",
         benchmark:
@@ -17,19 +25,51 @@ if CAMPAIGN.sample:
             mem_mb=mem_mb(2000),
             runtime=minutes(30),
         params:
-            config=keys("sample", "seed", "tasks"),
-            code=code_digest("assess.run"),
+            config=keys(*DRAW_KEYS, "seed", "tasks"),
+            code=code_digest("assess.sampling"),
         message:
             "Draw the probability sample from the map"
         shell:
             "terraloom draw-sample --campaign work/campaign.yaml > {log} 2>&1"
+
+    rule write_labelling_page:
+        input:
+            map="results/map/map.json",
+            class_map=PLAN.product_files[0],
+            cubes=expand("work/cube/{batch}.json", batch=BATCHES),
+            sample="results/map/sample.gpkg",
+            design="results/map/design.json",
+        output:
+            "results/map/labelling.html",
+        log:
+            "logs/write_labelling_page.log",
+        benchmark:
+            "benchmarks/write_labelling_page.tsv"
+        threads: 1
+        resources:
+            mem_mb=mem_mb(3000),
+            runtime=minutes(30),
+        params:
+            config=keys("sample.page", "tasks", "name", "title", "grid", "aoi"),
+            templates=files_digest("report/templates"),
+            code=code_digest("report.labelling"),
+        message:
+            "Write the page to answer the sample on"
+        shell:
+            "terraloom write-labelling-page --campaign work/campaign.yaml > {log} 2>&1"
 
 
 rule estimate_areas:
     input:
         map="results/map/map.json",
         sample=(
-            ["results/map/sample.gpkg", *PLAN.answer_files] if CAMPAIGN.sample else []
+            [
+                "results/map/sample.gpkg",
+                "results/map/design.json",
+                *PLAN.answer_files,
+            ]
+            if CAMPAIGN.sample
+            else []
         ),
     output:
         areas="results/map/areas.csv",

@@ -11,7 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from terraloom.errors import DesignError
 
-__all__ = ["DEFAULT_EXPECTED_UA", "Allocation", "allocate", "anticipated_se", "sample_size"]
+__all__ = [
+    "ALLOC_OPTIONS", "DEFAULT_EXPECTED_UA", "Allocation", "allocate", "allocation_table",
+    "anticipated_se", "sample_size", "size_for",
+]  # fmt: skip
 
 F64 = NDArray[np.float64]
 
@@ -23,6 +26,9 @@ RARE_SHARE = 0.1
 
 #: Units wanted in each rare stratum: SE of a user's accuracy of .8 is then about .046.
 RARE_UNITS = 75
+
+#: Units of each rare stratum in the options of the allocation table, as sits_sampling_design has.
+ALLOC_OPTIONS = (100, 75, 50)
 
 
 class Allocation(StrEnum):
@@ -82,6 +88,7 @@ def allocate(
     expected_ua: ArrayLike = DEFAULT_EXPECTED_UA,
     rare_share: float = RARE_SHARE,
     rare_units: int = RARE_UNITS,
+    areas: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
     """Divide n units over H strata; the parts sum to n exactly.
 
@@ -99,6 +106,7 @@ def allocate(
         expected_ua: (H,) or scalar conjectured user's accuracy, for `neyman`.
         rare_share: Share of all pixels below which a stratum is rare, for `rare`.
         rare_units: Units for each rare stratum, for `rare`.
+        areas: True area of each stratum, by which units are divided; None takes the pixels.
 
     Returns:
         Units per stratum, in the order of `n_pixels`.
@@ -119,18 +127,135 @@ def allocate(
             allowed=f"{int(floor.sum())} to {int(size.sum())} with at least {min_per_stratum} each",
             fix="raise the sample size, lower the minimum, or merge classes",
         )
-    wanted = _wanted(size, n, Allocation(method), expected_ua, rare_share, rare_units)
+    weight = size if areas is None else np.asarray(areas, dtype=np.float64)
+    wanted = _wanted(weight, n, Allocation(method), expected_ua, rare_share, rare_units)
     return _round_to_sum(_within_bounds(wanted, floor, size, n), floor, size, n)
 
 
+def size_for(
+    n_pixels: Sequence[int],
+    target_se: float,
+    method: Allocation,
+    *,
+    min_per_stratum: int = 2,
+    expected_ua: ArrayLike = DEFAULT_EXPECTED_UA,
+    areas: Sequence[float] | None = None,
+) -> int:
+    """Least n whose allocation is expected to reach a standard error of overall accuracy.
+
+    `sample_size` is that of the best (Neyman) allocation; any other needs more units.
+
+    Args:
+        n_pixels: Pixels of each stratum.
+        target_se: Wanted standard error, 0-1.
+        method: Rule of division.
+        min_per_stratum: Least units per stratum.
+        expected_ua: (H,) or scalar conjectured user's accuracy, 0-1.
+        areas: True area of each stratum; None takes the pixels.
+
+    Raises:
+        DesignError: If not even all pixels reach it.
+    """
+    size = np.asarray(n_pixels, dtype=np.float64)
+    live = size > 0
+    weight = (size if areas is None else np.asarray(areas, dtype=np.float64))[live]
+    ua = np.broadcast_to(np.asarray(expected_ua, dtype=np.float64), size.shape)
+    most = int(size.sum())
+    low = max(
+        sample_size(weight, ua[live], target_se), int(np.minimum(size, min_per_stratum).sum())
+    )
+
+    def reached(n: int) -> bool:
+        units = allocate(
+            n_pixels, n, method, min_per_stratum=min_per_stratum, expected_ua=ua, areas=areas
+        )
+        se = anticipated_se(
+            weight, ua[live], [u for u, here in zip(units, live, strict=True) if here]
+        )
+        return se <= target_se * (1 + 1e-12)
+
+    high = low
+    while high < most and not reached(high):
+        high = min(2 * high, most)
+    if high > most or not reached(high):
+        raise DesignError(
+            f"not even all {most} pixels reach a standard error of {target_se:g}",
+            where="sample.target_se", fix="raise it",
+        )  # fmt: skip
+    while low < high:
+        mid = (low + high) // 2
+        low, high = (low, mid) if reached(mid) else (mid + 1, high)
+    return low
+
+
+def allocation_table(
+    n_pixels: Sequence[int],
+    n: int,
+    *,
+    expected_ua: ArrayLike = DEFAULT_EXPECTED_UA,
+    areas: Sequence[float] | None = None,
+    min_per_stratum: int = 2,
+) -> dict[str, list[float | None]]:
+    """What n units would be under every allocation, and the error to expect of each.
+
+    Args:
+        n_pixels: Pixels of each stratum.
+        n: Units in all.
+        expected_ua: (H,) or scalar conjectured user's accuracy, 0-1.
+        areas: True area of each stratum; None takes the pixels.
+        min_per_stratum: Least units per stratum of `rare`; the other columns show the rules bare.
+
+    Returns:
+        Columns of H + 1 values: `expected_ua`, `std_dev`, `share`, then units by allocation:
+        `equal`, `proportional`, `neyman`, `rare`, `alloc_100`, `alloc_75`, `alloc_50` (that many
+        for each stratum below a tenth of the domain). The last value of these is the
+        anticipated standard error of overall accuracy; a column that n does not allow is None.
+
+    References:
+        Olofsson et al. (2014), table 5; the columns are those of sits_sampling_design.
+    """
+    size = np.asarray(n_pixels, dtype=np.float64)
+    live = size > 0
+    weight = size if areas is None else np.asarray(areas, dtype=np.float64)
+    ua = np.broadcast_to(np.asarray(expected_ua, dtype=np.float64), size.shape)
+    share, sd = _weights_and_sd(weight, ua)
+    columns: dict[str, list[float | None]] = {
+        "expected_ua": [*ua.tolist(), None], "std_dev": [*sd.tolist(), None],
+        "share": [*share.tolist(), None],
+    }  # fmt: skip
+    options: dict[str, tuple[Allocation, int, int]] = {
+        "equal": (Allocation.EQUAL, 2, RARE_UNITS),
+        "proportional": (Allocation.PROPORTIONAL, 2, RARE_UNITS),
+        "neyman": (Allocation.NEYMAN, 2, RARE_UNITS),
+        "rare": (Allocation.RARE, min_per_stratum, RARE_UNITS),
+        **{f"alloc_{k}": (Allocation.RARE, 2, k) for k in ALLOC_OPTIONS},
+    }
+    rare = int((live & (share < RARE_SHARE)).sum())
+    for name, (method, least, units) in options.items():
+        fits = not name.startswith("alloc") or 0 < rare * units <= n / 2
+        try:
+            if not fits:
+                raise DesignError(f"{rare} rare strata of {units} units", where=name)
+            found = allocate(
+                n_pixels, n, method, min_per_stratum=least, expected_ua=ua, areas=areas,
+                rare_units=units,
+            )  # fmt: skip
+        except DesignError:
+            columns[name] = [None] * (size.size + 1)
+            continue
+        se = anticipated_se(weight[live], ua[live], np.asarray(found)[live])
+        columns[name] = [*found, se]
+    return columns
+
+
 def _wanted(
-    size: F64, n: int, method: Allocation, expected_ua: ArrayLike, rare_share: float, rare: int
+    area: F64, n: int, method: Allocation, expected_ua: ArrayLike, rare_share: float, rare: int
 ) -> F64:
     """Unbounded real-valued units per stratum; sums to n."""
-    live = size > 0
+    live = area > 0
     if method is Allocation.EQUAL:
         return np.asarray(n * live / live.sum(), dtype=np.float64)
-    weights = size / size.sum()
+    weights = area / area.sum()
     if method is Allocation.NEYMAN:
         _, s = _weights_and_sd(weights, expected_ua)
         if not (weights * s).sum() > 0:

@@ -137,7 +137,7 @@ def _areas(
     """How many true areas of the mapped domain lie inside their intervals."""
     if campaign.sample is None:
         return float("nan"), float("nan")
-    report: AccuracyReport = _estimate(campaign, legend)
+    report: AccuracyReport = _estimate(campaign, legend)[0]
     h, w = mapped.shape
     # The same pixel areas as in the estimates: a class without error has no width of interval.
     with rasterio.open(product_path("class_map", MAP)) as src:

@@ -1,114 +1,152 @@
-"""Sample and areas of a campaign: estimates where there is a probability sample, else map areas."""
+"""Areas of a campaign: estimates where there is a probability sample, else map areas."""
 
 from __future__ import annotations
 
 import csv
 import io
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
-import pandas as pd
-import pyogrio
 
-from terraloom.assess.allocation import Allocation
-from terraloom.assess.design import SampleDesign, reference_sample, stratified_sample
+from terraloom.assess.answers import read_answers, settle
+from terraloom.assess.design import SampleDesign, reference_sample
 from terraloom.assess.estimators import AccuracyReport, estimate_accuracy
-from terraloom.config.campaign import Campaign, Sample
+from terraloom.assess.interpreters import NOT_ANSWERED, compare_interpreters
+from terraloom.assess.kept import read_points, require_unedited
+from terraloom.assess.samples import Strata
+from terraloom.assess.sampling import DESIGN, MAP, POINTS, settings_of
+from terraloom.assess.strips import map_digest
+from terraloom.config.campaign import Campaign
+from terraloom.config.sample import Sample
 from terraloom.errors import DesignError
-from terraloom.io import atomic, read_json, write_json, write_text
+from terraloom.io import read_json, write_json, write_text
 from terraloom.legend import Legend, read_legend
-from terraloom.log import get_logger
 from terraloom.plan import product_path
 
-__all__ = ["MAP", "NOT_AN_ESTIMATE", "draw_sample", "estimate_areas"]
+__all__ = ["MAP", "NOT_AN_ESTIMATE", "estimate_areas", "require_present_map"]
 
-MAP = Path("results/map")
 TRUTH = Path("resources/simulated/truth")
 #: Said wherever areas are shown without a probability sample.
 NOT_AN_ESTIMATE = "map area, not an estimate"
-#: Fixed date in the sample file: the same sample gives the same bytes.
-_FILE_DATE = "2000-01-01T00:00:00Z"
-
-log = get_logger(__name__)
-
-
-def draw_sample(campaign: Campaign) -> None:
-    """Draw the stratified random sample; writes ``sample.gpkg`` and ``design.json``."""
-    sample = _settings(campaign)
-    legend = read_legend(str(campaign.land_cover.classes))
-    drawn = stratified_sample(
-        product_path("class_map", MAP), sample.size, seed=campaign.seed, classes=legend.codes,
-        allocation=Allocation(sample.allocation), min_per_stratum=sample.min_per_stratum,
-    )  # fmt: skip
-    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": _FILE_DATE})
-    with atomic(MAP / "sample.gpkg") as tmp:
-        tmp.unlink()  # GDAL refuses to make a GeoPackage out of an empty file
-        drawn.points.to_file(tmp, driver="GPKG", layer="sample", engine="pyogrio")
-    write_json(MAP / "design.json", drawn.design.to_dict())
-    log.info("%d sample units drawn", len(drawn.points))
-
-
-def _settings(campaign: Campaign) -> Sample:
-    if campaign.sample is None:
-        raise DesignError("the campaign has no `sample`", where=f"campaign {campaign.name}")
-    return campaign.sample
 
 
 def estimate_areas(campaign: Campaign) -> None:
     """Write ``areas.csv``, ``accuracy.json`` and ``metrics.json`` of the map."""
     legend = read_legend(str(campaign.land_cover.classes))
     facts = read_json(MAP / "map.json")
-    report = _estimate(campaign, legend) if campaign.sample else None
+    sample = campaign.sample
+    report, answered = _estimate(campaign, legend) if sample and sample.answers else (None, None)
     rows = _rows(facts, legend, report)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(MAP / "areas.csv", text.getvalue())
-    write_json(MAP / "accuracy.json", _record(legend, facts, report, campaign))
+    write_json(MAP / "accuracy.json", _record(legend, facts, report, answered, campaign))
     metrics: dict[str, Any] = {"valid_pct": facts["valid_pct"]}
     if report is not None:
         metrics |= {"oa": report.overall.value, "oa_se": report.overall.se}
     write_json(MAP / "metrics.json", metrics)
 
 
-def _estimate(campaign: Campaign, legend: Legend) -> AccuracyReport:
-    points = gpd.read_file(MAP / "sample.gpkg")
-    design = SampleDesign.from_dict(read_json(MAP / "design.json"))
-    sample = reference_sample(points, _answers(_settings(campaign), points, legend), design)
-    return estimate_accuracy(sample, design.sizes(), classes=legend.codes)
+def _estimate(campaign: Campaign, legend: Legend) -> tuple[AccuracyReport, Answered]:
+    points = read_points(POINTS)
+    design = SampleDesign.from_dict(read_json(DESIGN))
+    require_unedited(points, design, str(POINTS))
+    require_present_map(design)
+    answered = _answers(settings_of(campaign), points, legend, design)
+    used = points[points["id"].astype(str).isin(answered.codes)]
+    sample = reference_sample(used, answered.codes, design)
+    post_strata = _post_strata(design)
+    report = estimate_accuracy(
+        sample, design.sizes(), classes=legend.codes, post_strata=post_strata
+    )
+    if len(answered.said) > 1:
+        by_person = {
+            who: np.array([codes.get(str(i), NOT_ANSWERED) for i in used["id"]], dtype=np.int64)
+            for who, codes in answered.said.items()
+        }
+        compared = compare_interpreters(
+            by_person, sample, design.sizes(), classes=legend.codes, post_strata=post_strata
+        )
+        answered = replace(answered, compared=compared)
+    return report, answered
 
 
-def _answers(settings: Sample, points: gpd.GeoDataFrame, legend: Legend) -> dict[str, int]:
+def _post_strata(design: SampleDesign) -> Strata | None:
+    """Map classes as post-strata of a sample that was not stratified, where they fill its domain.
+
+    A sample that is kept for a newer map may have been drawn from another set of pixels.
+    """
+    same = sum(c.n_pixels for c in design.classes) == sum(s.n_pixels for s in design.strata)
+    return design.class_sizes() if same and len(design.strata) == 1 else None
+
+
+def require_present_map(design: SampleDesign) -> None:
+    """Refuse a sample whose map classes are those of another map than the one that is there.
+
+    Raises:
+        DesignError: The class map was written after the sample was drawn from it.
+    """
+    now = map_digest(product_path("class_map", MAP))
+    if design.map_digest != now:
+        raise DesignError(
+            f"the map ({now}) is not the one the sample was joined to "
+            f"({design.map_digest}): it is newer", where=str(DESIGN),
+            fix="run the rule draw_sample. An interpreted sample is kept by copying sample.gpkg "
+            "and design.json into a folder and naming it in `sample.drawn`",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Class code of each unit that has one.
+
+    Attributes:
+        codes: Final class code by unit.
+        facts: Who answered and how units were settled, JSON-able.
+        said: Class code by unit, of each interpreter.
+        compared: How interpreters differ and what it does to the areas; empty with one.
+    """
+
+    codes: dict[str, int]
+    facts: dict[str, Any]
+    said: dict[str, dict[str, int]] = field(default_factory=dict)
+    compared: dict[str, Any] = field(default_factory=dict)
+
+
+def _answers(
+    settings: Sample, points: gpd.GeoDataFrame, legend: Legend, design: SampleDesign
+) -> Answered:
     if settings.answers == "truth":
         import rasterio
 
+        asked = points[points["reserve"] == 0]
         with rasterio.open(TRUTH / "landcover.tif") as src:
-            xy = np.column_stack([points.geometry.x, points.geometry.y])
+            xy = np.column_stack([asked.geometry.x, asked.geometry.y])
             codes = [int(v[0]) for v in src.sample(xy)]
-        return dict(zip(points["id"].astype(str), codes, strict=True))
-    try:
-        table = pd.read_csv(settings.answers, dtype=str)
-    except (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError) as err:
-        raise DesignError(
-            f"the answers cannot be read ({err})", where=f"sample.answers {settings.answers}",
-            allowed="a CSV with the columns id,class",
-        ) from err  # fmt: skip
-    if not {"id", "class"} <= set(table.columns):
-        raise DesignError(
-            f"columns {list(table.columns)}", where=f"sample.answers {settings.answers}",
-            allowed="id, class",
-        )  # fmt: skip
-    unknown = sorted(set(table["class"].dropna()) - set(legend.names))
-    if unknown or table["class"].isna().any():
-        raise DesignError(
-            f"classes {unknown or 'empty'}", where=f"sample.answers {settings.answers}",
-            allowed=", ".join(legend.names), fix="answer every point with a class of the legend",
-        )  # fmt: skip
+        return Answered(dict(zip(asked["id"].astype(str), codes, strict=True)), {})
+    table = read_answers(settings.answer_paths, design, points, legend)
+    answers = settle(table, points, settings)
     code = dict(zip(legend.names, legend.codes, strict=True))
-    return {str(i): code[str(c)] for i, c in zip(table["id"], table["class"], strict=True)}
+    facts = {**answers.facts, "unclear": list(answers.unclear)}
+    said = {
+        who: {i: code[name] for i, name in units.items() if name in code}
+        for who, units in answers.said.items()
+    }
+    return Answered({i: code[name] for i, name in answers.classes.items()}, facts, said)
+
+
+def _waiting(campaign: Campaign) -> dict[str, Any] | None:
+    """A sample that was drawn and waits for answers."""
+    if campaign.sample is None:
+        return None
+    design = read_json(DESIGN)
+    return {"kind": design["kind"], "size": design["n_units"], "answers": None,
+            "digest": design["digest"]}  # fmt: skip
 
 
 def _rows(
@@ -132,10 +170,11 @@ def _rows(
 
 
 def _record(
-    legend: Legend, facts: dict[str, Any], report: AccuracyReport | None, campaign: Campaign
-) -> dict[str, Any]:
-    if report is None:
-        return {"status": NOT_AN_ESTIMATE, "sample": None}
+    legend: Legend, facts: dict[str, Any], report: AccuracyReport | None,
+    answered: Answered | None, campaign: Campaign,
+) -> dict[str, Any]:  # fmt: skip
+    if report is None or answered is None:
+        return {"status": NOT_AN_ESTIMATE, "sample": _waiting(campaign)}
     mapped = {e["code"]: e["map_area_ha"] for e in facts["legend"]}
 
     def show(estimate: Any) -> dict[str, Any]:
@@ -153,16 +192,20 @@ def _record(
                 "pa": show(report.producers[code]), "f1": show(report.f1[code]),
             }
         )  # fmt: skip
-    sample = _settings(campaign)
+    sample, design = settings_of(campaign), read_json(DESIGN)
     return {
         "status": "design-based estimate",
         "classes": classes,
         "oa": show(report.overall),
         "level": report.level,
         "sample": {
-            "kind": str(report.kind), "size": report.n_units, "allocation": sample.allocation,
-            "not_covered_share": read_json(MAP / "design.json")["not_covered"]["share"],
-            "answers": "simulated truth" if sample.answers == "truth" else sample.answers,
+            "kind": str(report.kind), "method": report.method, "size": report.n_units,
+            "allocation": design["allocation"] or "none",
+            "not_covered_share": design["not_covered"]["share"],
+            "answers": "simulated truth" if sample.answers == "truth"
+            else ", ".join(sample.answer_paths),
+            "digest": design["digest"], **answered.facts,
         },
+        "interpreters": answered.compared or None,
         "report": report.to_dict(),
     }  # fmt: skip

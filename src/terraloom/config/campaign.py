@@ -11,6 +11,7 @@ from terraloom.config.base import Name, Section, TaskKind
 from terraloom.config.labels import Chips, Folds, Task
 from terraloom.config.model import Model
 from terraloom.config.products import Products
+from terraloom.config.sample import Sample
 from terraloom.config.simulation import Simulation
 
 __all__ = [
@@ -332,21 +333,6 @@ class Uncertainty(Section):
     score: Literal["lac", "aps"] = Field(
         "lac",
         description="`lac`: the smallest sets; `aps`: larger sets where classes are hard to tell.",
-    )
-
-
-class Sample(Section):
-    """A probability sample for accuracy and area."""
-
-    size: int = Field(400, ge=20, le=100_000, description="Number of sample units (count).")
-    allocation: Literal["proportional", "equal", "neyman", "rare"] = Field(
-        "rare", description="How the units are divided over the map classes."
-    )
-    min_per_stratum: int = Field(30, ge=2, description="Least units per map class (count).")
-    answers: str = Field(
-        "truth",
-        description="`truth`: the simulated region answers; else a CSV with columns id,class "
-        "from an interpreter.",
     )
 
 
