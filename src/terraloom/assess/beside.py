@@ -16,6 +16,7 @@ from terraloom.assess.continuous import value_accuracy
 from terraloom.assess.samples import ReferenceSample, Strata
 from terraloom.assess.survey import Survey
 from terraloom.errors import DesignError
+from terraloom.plan import product_path
 
 __all__ = ["assisted_block", "values_block"]
 
@@ -34,7 +35,7 @@ def assisted_block(
     """Block `assisted` of ``accuracy.json``; with only `why_not` where it cannot be made.
 
     Args:
-        folder: Where ``class_map.tif`` and ``probabilities.tif`` are.
+        folder: Where the class map and the probabilities are.
         sample: The interpreted units, in the order of `points`.
         points: Units with `row` and `col`.
         strata: Known stratum sizes.
@@ -42,11 +43,14 @@ def assisted_block(
         post_strata: As in `estimate_accuracy`.
         names: Class names by code.
     """
-    file = folder / "probabilities.tif"
+    file = product_path("probabilities", folder)
     if not file.exists():
         return {"why_not": "the map has no probabilities"}
     means = map_means(
-        folder / "class_map.tif", file, points["row"].to_numpy(), points["col"].to_numpy()
+        product_path("class_map", folder),
+        file,
+        points["row"].to_numpy(),
+        points["col"].to_numpy(),
     )
     if means is None:
         return {"why_not": "some mapped pixels have no probability"}

@@ -12,13 +12,15 @@ import geopandas as gpd
 import numpy as np
 
 from terraloom.assess.answers import read_answers, settle
+from terraloom.assess.beside import assisted_block, values_block
 from terraloom.assess.design import SampleDesign, reference_sample
 from terraloom.assess.estimators import AccuracyReport, estimate_accuracy
 from terraloom.assess.interpreters import NOT_ANSWERED, compare_interpreters
 from terraloom.assess.kept import read_points, require_unedited
-from terraloom.assess.samples import Strata
+from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.assess.sampling import DESIGN, MAP, POINTS, settings_of
 from terraloom.assess.strips import map_digest
+from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.config.sample import Sample
 from terraloom.errors import DesignError
@@ -73,7 +75,29 @@ def _estimate(campaign: Campaign, legend: Legend) -> tuple[AccuracyReport, Answe
             by_person, sample, design.sizes(), classes=legend.codes, post_strata=post_strata
         )
         answered = replace(answered, compared=compared)
-    return report, answered
+    return report, replace(answered, beside=_beside(campaign, legend, sample, used, design))
+
+
+def _beside(
+    campaign: Campaign, legend: Legend, sample: ReferenceSample, points: gpd.GeoDataFrame,
+    design: SampleDesign,
+) -> dict[str, Any]:  # fmt: skip
+    """Model-assisted areas; where the truth is known, accuracy of the maps of values."""
+    sizes, post = design.sizes(), _post_strata(design)
+    names = dict(zip(legend.codes, legend.names, strict=True))
+    out: dict[str, Any] = {
+        "assisted": assisted_block(MAP, sample, points, sizes, design.class_sizes(), post, names)
+    }
+    truth = TRUTH / "height.tif"
+    if settings_of(campaign).answers == "truth" and truth.exists():
+        out["values"] = {
+            task.name: values_block(
+                product_path(task.name, MAP), truth, sample, points, sizes, post, task.unit
+            )
+            for task in campaign.tasks
+            if task.kind is TaskKind.REGRESSION
+        }
+    return out
 
 
 def _post_strata(design: SampleDesign) -> Strata | None:
@@ -82,7 +106,8 @@ def _post_strata(design: SampleDesign) -> Strata | None:
     A sample that is kept for a newer map may have been drawn from another set of pixels.
     """
     same = sum(c.n_pixels for c in design.classes) == sum(s.n_pixels for s in design.strata)
-    return design.class_sizes() if same and len(design.strata) == 1 else None
+    stratified = design.kind is SampleKind.STRATIFIED_RANDOM or len(design.strata) > 1
+    return design.class_sizes() if same and not stratified else None
 
 
 def require_present_map(design: SampleDesign) -> None:
@@ -110,12 +135,14 @@ class Answered:
         facts: Who answered and how units were settled, JSON-able.
         said: Class code by unit, of each interpreter.
         compared: How interpreters differ and what it does to the areas; empty with one.
+        beside: Further blocks of ``accuracy.json``.
     """
 
     codes: dict[str, int]
     facts: dict[str, Any]
     said: dict[str, dict[str, int]] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
 def _answers(
@@ -208,4 +235,5 @@ def _record(
         },
         "interpreters": answered.compared or None,
         "report": report.to_dict(),
+        **answered.beside,
     }  # fmt: skip
