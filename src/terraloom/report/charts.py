@@ -10,6 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as MplPath
 from PIL import Image
 
 from terraloom.report.figures import Picture
 from terraloom.report.formats import Interval
 
 __all__ = [
-    "area_chart", "confusion_chart", "curves_chart", "folds_chart", "reliability_chart",
-    "skill_chart",
+    "area_chart", "choropleth", "confusion_chart", "coverage_chart", "curves_chart",
+    "folds_chart", "reliability_chart", "skill_chart",
 ]  # fmt: skip
 
 INK, MUTED, RULE, ACCENT, WARM = "#1d2a33", "#66747f", "#d9dfe3", "#17645c", "#b4572b"
@@ -262,3 +265,73 @@ def curves_chart(curves: Mapping[str, npt.NDArray[np.float64]]) -> Picture:
         if row == n - 1:
             axes.set_xlabel("step of training", color=MUTED, fontsize=_STYLE["size"])
     return _finish(figure, "Learning curves: mean loss of the networks by step")
+
+
+def coverage_chart(names: Sequence[str], shares: Sequence[Interval], target: float) -> Picture:
+    """How often sets of classes held the label, per class, against what was asked for.
+
+    Args:
+        names: K class names.
+        shares: K shares 0-1 with intervals; NaN where a class has no label.
+        target: Share that was asked for, 0-1.
+    """
+    figure, axes = _canvas(0.85 + 0.42 * len(names))
+    y = _rows(axes, names)
+    axes.axvline(100 * target, color=WARM, lw=1.4, ls=(0, (4, 3)), label="asked for")
+    for row, value in zip(y, shares, strict=True):
+        _whisker(axes, row, value, ACCENT, 100)
+    known = [v.low if v.has_range else v.value for v in shares if v.known]
+    least = min([100 * v for v in known] + [100 * target])
+    axes.set_xlim(max(0.0, 10 * math.floor(least / 10 - 0.3)), 101)
+    axes.xaxis.set_major_formatter("{x:.0f}%")
+    figure.legend(loc="outside upper left", frameon=False, fontsize=_STYLE["size"], labelcolor=INK)
+    return _finish(figure, "Coverage of the sets per class; the table has the numbers")
+
+
+def choropleth(
+    shapes: Sequence[Any], values: npt.NDArray[np.float64], color: str, alt: str
+) -> tuple[Picture, float]:
+    """Regions coloured by a value, from nearly white to a colour.
+
+    Args:
+        shapes: N polygons in a projected coordinate system; larger ones are drawn first.
+        values: (N,) values; NaN is drawn grey.
+        color: ``#rrggbb`` of the largest value.
+        alt: What it shows.
+
+    Returns:
+        The picture, and the value of the full colour.
+    """
+    order = np.argsort([-s.area for s in shapes], kind="stable")
+    bounds = np.array([s.bounds for s in shapes])
+    left, bottom = bounds[:, :2].min(axis=0)
+    right, top = bounds[:, 2:].max(axis=0)
+    aspect = (top - bottom) / max(right - left, 1e-9)
+    width = 3.4
+    figure = Figure(figsize=(width, min(max(width * aspect, 0.8), 5.0)), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    pad = 0.01 * (right - left)
+    axes.set(xlim=(left - pad, right + pad), ylim=(bottom - pad, top + pad))
+    axes.set_aspect("equal")
+    most = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
+    ramp = LinearSegmentedColormap.from_list("class", ["#f6f6f3", color])
+    for n in order:
+        known = np.isfinite(values[n])
+        fill = ramp(values[n] / most if most > 0 else 0.0) if known else "#b9bfc2"
+        for part in getattr(shapes[n], "geoms", [shapes[n]]):
+            ring = np.asarray(part.exterior.coords)[:, :2]
+            holes = [np.asarray(i.coords)[:, :2] for i in part.interiors]
+            axes.add_patch(
+                PathPatch(_path([ring, *holes]), facecolor=fill, edgecolor=MUTED, lw=0.7)
+            )
+    return _finish(figure, alt), most
+
+
+def _path(rings: Sequence[npt.NDArray[np.float64]]) -> MplPath:
+    """Outer ring and holes as one path, so that holes stay open."""
+    codes = [
+        np.r_[MplPath.MOVETO, np.full(len(r) - 2, MplPath.LINETO), MplPath.CLOSEPOLY] for r in rings
+    ]
+    return MplPath(np.concatenate(rings), np.concatenate(codes))

@@ -28,6 +28,7 @@ __all__ = [
     "Scalar",
     "class_picture",
     "css_gradient",
+    "flag_picture",
     "image_picture",
     "read_small",
     "reason_picture",
@@ -248,6 +249,12 @@ def scalar_picture(
     picture = _indexed(index, palette, alt)
     clipped = bool((inside > end * (1 + 1e-9)).any())
     return Scalar(picture, start, end, css_gradient(cmap), clipped, float(np.median(inside)))
+
+
+def flag_picture(path: Path, band: int, value: int, alt: str, color: str = "#b4572b") -> Picture:
+    """Pixels of a band that have a value, in one colour; all others transparent."""
+    data, _ = read_small(path, [band])
+    return _indexed((data[0] == value).astype(np.uint8), {1: _rgb(color)}, alt)
 
 
 def css_gradient(cmap: str, stops: int = 9) -> str:

@@ -22,8 +22,9 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
 from terraloom.plan import product_path
-from terraloom.report import charts, facts, figures, formats, panels, provenance, scores
+from terraloom.report import charts, facts, figures, formats, panels, provenance, scores, trust
 from terraloom.report.advice import advise
+from terraloom.report.regional import regions
 from terraloom.report.scenes import scene_section
 
 __all__ = ["build_report"]
@@ -93,6 +94,7 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
     coverage = panels.coverage(root, record)
     shown = panels.map_panel(root, record, place)
     doubt, layers = panels.uncertainty(root, len(legend)), panels.task_layers(root, campaign)
+    trusted = trust.trust(root, record, skill.raw, campaign.land_cover.name)
     script = _template("viewer.js")
     context: dict[str, Any] = {
         "style": Markup(_template("style.css")),
@@ -103,13 +105,15 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
         "place": place,
         "summary": _summary(campaign, record, place, areas, skill, rows),
         "map": shown,
-        "viewer": panels.viewer(shown, doubt, layers, place),
+        "viewer": panels.viewer(shown, doubt, trusted, layers, place),
         "advice": advise(campaign, areas, skill, record, place.resolution_m),
         "areas": areas,
         "scene_facts": scene_section(root, items),
         "area_chart": _area_chart(areas),
         "uncertainty": doubt,
         "layers": layers,
+        "trust": trusted,
+        "regions": regions(root, legend),
         "skill": skill,
         "charts": _skill_charts(skill, root),
         "scenes": rows,
@@ -132,6 +136,7 @@ def _nav(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("use", "What for", True),
         ("areas", "Areas", True),
         ("doubt", "Uncertainty", bool(context["uncertainty"])),
+        ("regions", "Regions", bool(context["regions"])),
         ("layers", "Other layers", bool(context["layers"])),
         ("skill", "Model skill", True),
         ("data", "Data", True),

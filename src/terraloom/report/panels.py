@@ -126,7 +126,7 @@ def map_panel(root: Path, record: Mapping[str, Any], where: Place) -> dict[str, 
 
 def viewer(
     shown: Mapping[str, Any], doubt: Mapping[str, Any] | None,
-    layers: Sequence[Mapping[str, Any]], where: Place,
+    trusted: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], where: Place,
 ) -> dict[str, Any]:  # fmt: skip
     """Layers that can be laid over each other; those shown elsewhere are taken from there."""
     found = [("image", "Satellite image", shown["image"], "")] if shown["image"] else []
@@ -136,6 +136,11 @@ def viewer(
             ("total", "Total uncertainty", doubt["total"].picture, "pic-total"),
             ("epistemic", "Epistemic uncertainty", doubt["epistemic"].picture, "pic-epistemic"),
         ]
+    sets, known = trusted["coverage"], trusted["applicability"]
+    if sets and sets["size"]:
+        found.append(("sets", "Classes possible", sets["size"].picture, "pic-sets"))
+    if known and known["picture"]:
+        found.append(("known", "Dissimilarity", known["picture"].picture, "pic-known"))
     for n, layer in enumerate(layers):
         title = layer["title"] + (" (spread)" if layer["caption"].startswith("standard") else "")
         found.append((f"layer-{n}", title, layer["scalar"].picture, f"pic-layer-{n}"))
