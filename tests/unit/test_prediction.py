@@ -279,6 +279,8 @@ def test_a_killed_process_leaves_whole_tiles_and_the_rest_is_done_after(
     assert 2 <= len(done) < 9 and not Path("work/predict/b0000.json").exists()
     predict_batch(c, grid, "b0000")
     assert done == {n: Path("work/predict", n).stat().st_mtime_ns for n in done}, "not redone"
+    left = {p.name for p in Path("work/predict").iterdir()} - set(files())
+    assert left == {"b0000.json"}, "nothing of the killed one stays behind"
     killed = files()
     for name in killed:
         Path("work/predict", name).unlink()

@@ -120,7 +120,7 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
         if tile.name not in todo:
             log.info("tile %s: finished before, kept", tile.name)
     manifest = TILES / f"{batch}.json"
-    speed = predict_tiles(campaign, grid, tiles, todo, digests, ensemble, reader)
+    speed = predict_tiles(campaign, grid, batch, tiles, todo, digests, ensemble, reader)
     rates = speed.record()
     if todo:
         log.info(
@@ -138,20 +138,20 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
 
 
 def predict_tiles(
-    campaign: Campaign, grid: CampaignGrid, tiles: Sequence[Tile], todo: Mapping[str, Tile],
-    digests: Mapping[str, str], ensemble: Ensemble, reader: CubeReader, folder: Path = TILES,
+    campaign: Campaign, grid: CampaignGrid, job: str, tiles: Sequence[Tile],
+    todo: Mapping[str, Tile], digests: Mapping[str, str], ensemble: Ensemble, reader: CubeReader,
 ) -> Speed:  # fmt: skip
     """Predict tiles and write a store of each.
 
     Args:
         campaign: The campaign.
         grid: Its grid.
-        tiles: Tiles of the job, which decide how they are cut into windows.
+        job: Name of the job.
+        tiles: Its tiles, which decide how they are cut into windows.
         todo: Those of them to predict, by name.
         digests: Digest of what each depends on, to be kept in its store.
         ensemble: The networks.
         reader: Reader of the cubes.
-        folder: Folder of the stores.
 
     Returns:
         How fast that was.
@@ -192,7 +192,7 @@ def predict_tiles(
             log.info("%d of %d windows done, about %.0f s left", done, len(batches), left)
             last = now
 
-    with TileWriter(folder, layers, grid, digests, wanted, how.threads) as writer:
+    with TileWriter(TILES, job, layers, grid, digests, wanted, how.threads) as writer:
         overlapped(batches, load, compute, store)
     speed.stop()
     for tile in todo.values():

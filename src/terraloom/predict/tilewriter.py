@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -44,6 +45,8 @@ class TileWriter:
 
     Args:
         folder: Folder of the stores.
+        job: Name of the job, of which only one runs at a time. What it has begun is in a folder
+            of its own, ``.JOB``, so that nothing of a job that was killed stays behind.
         layers: What is kept.
         grid: Grid of the campaign.
         digests: Digest by tile.
@@ -52,10 +55,13 @@ class TileWriter:
     """
 
     def __init__(
-        self, folder: Path, layers: Layers, grid: CampaignGrid, digests: Mapping[str, str],
-        windows: Sequence[tuple[Window, Sequence[Tile]]], threads: int = 1,
+        self, folder: Path, job: str, layers: Layers, grid: CampaignGrid,
+        digests: Mapping[str, str], windows: Sequence[tuple[Window, Sequence[Tile]]],
+        threads: int = 1,
     ) -> None:  # fmt: skip
         self._folder, self._layers, self._grid = folder, layers, grid
+        self._begun = folder / f".{job}"
+        shutil.rmtree(self._begun, ignore_errors=True)
         self._digests = digests
         self._left: dict[str, int] = {}
         for _, tiles in windows:
@@ -75,6 +81,7 @@ class TileWriter:
         for waiting in self._open.values():  # tiles that were not finished leave nothing
             waiting.stack.__exit__(kind or RuntimeError, err, trace)
         self._open.clear()
+        shutil.rmtree(self._begun, ignore_errors=True)
 
     def write(
         self, window: Window, tiles: Sequence[Tile], values: Mapping[str, npt.NDArray[np.float32]],
@@ -101,12 +108,14 @@ class TileWriter:
                 target.store.attrs.update({"tile": tile.name, "digest": self._digests[tile.name]})
                 del self._open[tile.name]
                 target.stack.close()
+                name = f"{tile.name}.zip"
+                (self._begun / name).replace(self._folder / name)
 
     def _target(self, tile: Tile, like: Mapping[str, Array]) -> _Open:
         if tile.name in self._open:
             return self._open[tile.name]
         stack = ExitStack()
-        path = self._folder / f"{tile.name}.zip"
+        path = self._begun / f"{tile.name}.zip"
         store = stack.enter_context(TileStore(path, tile.geobox.crs))
         target = self._open[tile.name] = _Open(store, stack, self._left[tile.name])
         for name, array in sorted(like.items()):
