@@ -92,6 +92,7 @@ bench: $(READY)
 	python benchmarks/loader.py
 	python benchmarks/noise.py
 	python benchmarks/series.py
+	python benchmarks/estimators.py
 	python benchmarks/real.py points
 	python benchmarks/real.py polygons
 

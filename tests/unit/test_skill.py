@@ -70,9 +70,11 @@ def test_edges_are_compared_within_each_chip() -> None:
     found[1, :, 7] = True
     index = np.arange(128)
     got = edge_scores(index, found.ravel(), true.ravel(), shape, 10.0, 10.0)
-    assert got == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "tolerance_m": 10.0}
+    assert got == {
+        "near_precision": 0.5, "near_recall": 0.5, "near_f1": 0.5, "tolerance_m": 10.0,
+    }  # fmt: skip
     mixed = np.random.default_rng(3).permutation(128)
     again = edge_scores(index[mixed], found.ravel()[mixed], true.ravel()[mixed], shape, 10.0, 10.0)
     assert again == got
     none = edge_scores(index, found.ravel() & False, true.ravel() & False, shape, 10.0)
-    assert none["f1"] is None and none["tolerance_m"] == 20.0
+    assert none["near_f1"] is None and none["tolerance_m"] == 20.0

@@ -76,6 +76,7 @@ def calibrate(campaign: Campaign) -> None:
     )  # fmt: skip
     baseline = read_json(MODEL / "baseline.json") if campaign.model.baseline else None
     sets, coverage = judge_coverage(campaign, chips, cover, honest, held)
+    regression = _regressions(campaign, held)
     record = {
         "classes": list(legend.names),
         "confusion": skill.matrix.tolist(),
@@ -91,7 +92,9 @@ def calibrate(campaign: Campaign) -> None:
         "outdated_px": outdated_px,
         "n_blocks": skill.n_blocks,
         "baseline": baseline,
-        "regression": _regressions(campaign, held),
+        "regression": regression,
+        "fold_spread": {name: r.pop("folds") for name, r in regression.items()},
+        "sparsification": {name: r.pop("sparsification") for name, r in regression.items()},
         "boundary": _boundaries(campaign, chips, held),
         "coverage": coverage,
         "label_noise": campaign.model.label_noise,
@@ -191,7 +194,7 @@ def _boundaries(campaign: Campaign, chips: xr.Dataset, held: dict[str, HeldOut])
         out[task.name] = {
             "f1": scores[best], "cut": float(cuts[best]), "pixels": len(true),
             "edge_share": float(true.mean()),
-            "near": edge_scores(held[task.name].index, p > cuts[best], true, (h, w), pixel_m),
+            **edge_scores(held[task.name].index, p > cuts[best], true, (h, w), pixel_m),
         }  # fmt: skip
     return out
 

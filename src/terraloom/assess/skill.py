@@ -173,7 +173,7 @@ def edge_scores(
     return {
         name: value if np.isfinite(value) else None
         for name, value in (
-            ("precision", s.precision), ("recall", s.recall), ("f1", s.f1),
+            ("near_precision", s.precision), ("near_recall", s.recall), ("near_f1", s.f1),
             ("tolerance_m", tolerance_m),
         )
     }  # fmt: skip
