@@ -65,9 +65,9 @@ def test_images_show_the_pixels_of_all_tiles(run: Campaign) -> None:
         names = [(v.when, v.colours) for v in views.views[i]]
         periods = ["summer"] if i == 1 else ["spring", "summer"]  # no value in the gap
         colours = ["natural colours", "false colours: B08, B04, B03"]
-        assert names == [(p, k) for p in periods for k in colours] + [("", "surroundings")]
+        assert names == [(p, k) for k in colours for p in periods] + [("", "surroundings")]
         assert views.strips[i].shape == (side, side * len(names), 3)
-        k = 2 * periods.index("summer")
+        k = periods.index("summer")
         whole = np.pad(
             paint(store_like, _whole(1), (96, 144)), ((0, 0), (side, side), (side, side))
         )
@@ -75,7 +75,7 @@ def test_images_show_the_pixels_of_all_tiles(run: Campaign) -> None:
         got = np.moveaxis(views.strips[i][:, k * side : (k + 1) * side], -1, 0)
         assert (got == want).all()
     # Vegetation is bright in the false colours, water dark.
-    red = views.strips[0][side // 2, side + side // 2, 0]
+    red = views.strips[0][side // 2, 2 * side + side // 2, 0]
     assert red > 150 if drawn.codes()[40, 95] != 1 else red < 60
     one = look_around(rows, cols, grid, Path("work/cube"), None, side=side, dates=1)
     assert [len(v) for v in one.views] == [2, 2, 2]

@@ -90,7 +90,7 @@ def look_around(
     names = {p.group: _step_names(first, p.group, over[p.group]) for p in plans}
     seen = _seen(rows, cols, grid, cubes, plans[0], over[plans[0].group])
     chosen = [_spread(np.flatnonzero(row), dates) for row in seen]
-    wanted = [[(t, p) for t in steps for p in range(len(plans))] for steps in chosen]
+    wanted = [[(t, p) for p in range(len(plans)) for t in steps] for steps in chosen]
     chips = [np.zeros((side, side * len(w), 3), np.uint8) for w in wanted]
     for tile in tiles:
         _paste_tile(tile, grid, cubes, plans, over, rows, cols, wanted, chips, side)

@@ -150,6 +150,9 @@ function draw() {
     box.append(none);
     return;
   }
+  // Colours below each other, dates beside each other.
+  const dates = new Set(point.views.map((v) => data.views[v].when).filter(Boolean)).size;
+  box.style.setProperty("--columns", dates > 2 ? Math.min(dates, 4) : 3);
   const image = picture(at);
   const paint = () => {
     if (points[at] !== point) return;
