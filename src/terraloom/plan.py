@@ -271,7 +271,7 @@ class Plan:
     @property
     def milestones(self) -> dict[str, list[str]]:
         """Files that stand when a milestone is done."""
-        final = ["results/map/map.json", "results/map/areas.csv", "results/map/metrics.json"]
+        final = [f"results/map/{n}" for n in ("map.json", "tiles.csv", "areas.csv", "metrics.json")]
         if self.campaign.archive.kind == "simulated":
             final.append("results/map/scoreboard.json")
         if self.campaign.sample is not None:

@@ -12,7 +12,7 @@ from shapely.geometry import Polygon, box
 
 from support.fake_results import LEGEND
 from terraloom.grid import geobox_from_record
-from terraloom.io import read_json, write_json, write_raster
+from terraloom.io import read_json, write_json, write_raster, write_text
 
 
 def _held(value: float | None, half: float = 0.04) -> dict[str, float] | None:
@@ -49,6 +49,15 @@ def add_trust(root: Path) -> None:
     held = read_json(root / "model" / "held_out.json")
     write_json(root / "model" / "held_out.json", held | {"coverage": _coverage()})
     _regions(root / "map", geobox.boundingbox)
+    head = "tile,column,row,mapped_pct,period,clear_dates,least_clear_dates,never_clear_pct"
+    rows = [
+        f"x{c:03d}y{r:03d},{c},{r},97,{period},{base + c - r},1,{3 * c + r}"
+        for r in range(2)
+        for c in range(4)
+        if (c, r) != (3, 1)
+        for period, base in (("spring", 2), ("summer", 4))
+    ]
+    write_text(root / "map" / "tiles.csv", "\n".join([head, *rows]) + "\n")
 
 
 def _coverage() -> dict[str, Any]:

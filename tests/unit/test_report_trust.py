@@ -84,3 +84,8 @@ def test_a_choropleth_scales_to_its_largest_value() -> None:
     assert top == 12.0
     assert picture.width > 100
     assert charts.choropleth(shapes, np.full(2, np.nan), "#2f6b3c", "none")[1] == 1.0
+
+
+def test_the_page_shows_how_often_tiles_were_seen(page: str) -> None:
+    assert "7 tiles, one map per period" in page
+    assert "x003y000" in page

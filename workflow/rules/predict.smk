@@ -69,6 +69,7 @@ rule mosaic_products:
     output:
         PLAN.product_files,
         map="results/map/map.json",
+        cover="results/map/tiles.csv",
     log:
         "logs/mosaic_products.log",
     benchmark:

@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from terraloom.config.campaign import Campaign
 from terraloom.grid import CampaignGrid, Tile, geobox_record, row_areas_m2, window_of
-from terraloom.io import cog_from_windows, digest_json, read_store, sha256, write_json
+from terraloom.io import cog_from_windows, digest_json, read_store, sha256, write_json, write_text
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.origin import TAG, map_tags
 from terraloom.plan import SUFFIXES, product_names, product_path, product_suffix
-from terraloom.predict.engine import TILES
+from terraloom.predict.cover import TileCover
+from terraloom.predict.engine import CUBES, TILES
 from terraloom.predict.index import write_index, write_overviews
 from terraloom.predict.picture import Picture
 from terraloom.predict.qgis import write_styles
@@ -168,9 +169,11 @@ def _facts(
     reasons = dict.fromkeys(Reason, 0)
     total = valid = 0
     codes = np.array([NODATA_CODE, *legend.codes])
+    cover = TileCover()
     for tile in grid.tiles():
         store = read_store(TILES / f"{tile.name}.zip")
         index = store["class_index"].to_numpy()
+        cover.add(tile, read_store(CUBES / f"{tile.name}.zip"), index)
         row_area = row_areas_m2(tile.geobox)
         for k, code in enumerate(legend.codes):
             area[code] += float(((index == k).sum(axis=1) * row_area).sum()) / 1e4
@@ -179,6 +182,7 @@ def _facts(
             reasons[reason] += int(((bits & reason) > 0).sum())
         total += bits.size
         valid += int((index != IGNORE_INDEX).sum())
+    write_text(MAP / "tiles.csv", cover.csv())
     whole = sum(area.values())
     log.info("%.1f %% of the pixels are mapped (%d codes)", 100 * valid / total, len(codes) - 1)
     return {

@@ -28,7 +28,7 @@ from terraloom.report.formats import Interval
 
 __all__ = [
     "area_chart", "choropleth", "confusion_chart", "coverage_chart", "curves_chart",
-    "folds_chart", "reliability_chart", "skill_chart",
+    "folds_chart", "reliability_chart", "skill_chart", "tiles_chart",
 ]  # fmt: skip
 
 INK, MUTED, RULE, ACCENT, WARM = "#1d2a33", "#66747f", "#d9dfe3", "#17645c", "#b4572b"
@@ -335,3 +335,45 @@ def _path(rings: Sequence[npt.NDArray[np.float64]]) -> MplPath:
         np.r_[MplPath.MOVETO, np.full(len(r) - 2, MplPath.LINETO), MplPath.CLOSEPOLY] for r in rings
     ]
     return MplPath(np.concatenate(rings), np.concatenate(codes))
+
+
+def tiles_chart(
+    places: Sequence[tuple[int, int]], values: Mapping[str, Sequence[float]], unit: str, alt: str
+) -> Picture:
+    """One small map of tiles per period, all on one scale.
+
+    Args:
+        places: Column and row of N tiles.
+        values: Period to N values.
+        unit: What the values are, for the colour bar.
+        alt: What it shows.
+    """
+    at = np.array(places) - np.min(places, axis=0)
+    width, height = at.max(axis=0) + 1
+    across = min(4, len(values))
+    down = -(-len(values) // across)
+    each = _WIDTH_IN * 1.9 / across
+    figure = Figure(
+        figsize=(each * across, (each * min(height / width, 1.6) * 0.86 + 0.25) * down + 0.5),
+        dpi=_DPI, layout="constrained",
+    )  # fmt: skip
+    FigureCanvasAgg(figure)
+    most = max((v for row in values.values() for v in row), default=0.0)
+    ramp = LinearSegmentedColormap.from_list("dates", ["#f3ede2", "#8fbdb3", ACCENT, "#0c3a36"])
+    shown = None
+    for n, (period, row) in enumerate(values.items()):
+        axes = figure.add_subplot(down, across, n + 1)
+        grid = np.full((height, width), np.nan)
+        grid[at[:, 1], at[:, 0]] = row
+        shown = axes.imshow(grid, cmap=ramp, vmin=0, vmax=max(most, 1.0), interpolation="none")
+        axes.set(xticks=[], yticks=[], facecolor="none")
+        axes.spines[:].set_color(RULE)
+        axes.set_title(_text(period), fontsize=_STYLE["size"], color=INK, loc="left", pad=3)
+    if shown is not None:
+        bar = figure.colorbar(
+            shown, ax=figure.axes, orientation="horizontal", shrink=0.35, aspect=30, pad=0.03
+        )
+        bar.set_label(unit, color=MUTED, fontsize=_STYLE["size"])
+        bar.ax.tick_params(colors=MUTED, length=0, labelsize=8)
+        bar.outline.set_visible(False)
+    return _finish(figure, alt)

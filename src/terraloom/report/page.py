@@ -118,6 +118,7 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
         "charts": _skill_charts(skill, root),
         "scenes": rows,
         "coverage": coverage,
+        "tiles": panels.tiles(root),
         "labels": panels.labels(root, record, campaign.land_cover.name),
         "suspects": scores.suspects(skill.raw.get("suspects")),
         "scoreboard": scores.scoreboard(scoreboard) if scoreboard else None,

@@ -22,7 +22,7 @@ from terraloom.preprocess.reasons import INVALID, Reason
 from terraloom.report import charts, facts, figures, formats, provenance, scores
 
 __all__ = [
-    "Place", "coverage", "labels", "main_reason", "map_panel", "place", "task_layers",
+    "Place", "coverage", "labels", "main_reason", "map_panel", "place", "task_layers", "tiles",
     "uncertainty", "viewer",
 ]  # fmt: skip
 
@@ -244,6 +244,36 @@ def main_reason(record: Mapping[str, Any]) -> str:
     if not rows or not valid < 100:
         return ""
     return f"The rest is empty mostly because of: {rows[0][0]}."
+
+
+def tiles(root: Path) -> dict[str, Any] | None:
+    """How often each tile was seen clearly, per period; None without such a table."""
+    rows = [r for r in provenance.optional_csv(root / "map" / "tiles.csv") if r.get("period")]
+    if not rows:
+        return None
+    places = list(dict.fromkeys((int(r["column"]), int(r["row"])) for r in rows))
+    order = {place: n for n, place in enumerate(places)}
+    values: dict[str, list[float]] = {}
+    for r in rows:
+        row = values.setdefault(r["period"], [math.nan] * len(places))
+        row[order[int(r["column"]), int(r["row"])]] = float(r["clear_dates"])
+    worst = sorted(rows, key=lambda r: -float(r["never_clear_pct"]))[:5]
+    return {
+        "n": len(places),
+        "chart": charts.tiles_chart(
+            places, values, "clear dates of a pixel, mean over the tile",
+            "Clear dates per tile and period",
+        ),
+        "worst": facts.Table(
+            "Least covered",
+            ["Tile", "Period", "Clear dates", "Never clear"],
+            [
+                [r["tile"], r["period"], formats.number(float(r["clear_dates"])),
+                 formats.percent(float(r["never_clear_pct"]) / 100)]
+                for r in worst
+            ],
+        ),
+    }  # fmt: skip
 
 
 def coverage(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
