@@ -390,6 +390,14 @@ def estimate_areas(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 
 
 @app.command(rich_help_panel=MAP)
+def aggregate_regions(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Compute areas, means and totals of regions, with intervals."""
+    from terraloom.assess.regions import aggregate_regions as run
+
+    run(_load(campaign))
+
+
+@app.command(rich_help_panel=MAP)
 def score_rehearsal(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Compare every stage with the simulated truth."""
     from terraloom.assess.rehearsal import score_rehearsal as run

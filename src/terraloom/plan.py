@@ -115,8 +115,8 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
         if "classes" in task:
             task["classes"] = path(task["classes"])
         task["labels"]["file"] = path(task["labels"]["file"])
-    for section, key in (("folds", "regions"), ("model", "weights")):
-        if data.get(section, {}).get(key):
+    for section, key in (("folds", "regions"), ("model", "weights"), ("regions", "file")):
+        if (data.get(section) or {}).get(key):
             data[section][key] = path(data[section][key])
     sample = data.get("sample") or {}
     for key in ("strata", "drawn", "answers"):
@@ -276,6 +276,8 @@ class Plan:
             final.append("results/map/scoreboard.json")
         if self.campaign.sample is not None:
             final.append("results/map/labelling.html")
+        if self.campaign.regions:
+            final += [f"results/map/regions.{end}" for end in ("csv", "gpkg", "json")]
         return {
             "scenes": [
                 "results/scenes/items.json", "results/scenes/shifts.json",

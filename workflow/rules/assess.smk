@@ -92,6 +92,35 @@ rule estimate_areas:
         "terraloom estimate-areas --campaign work/campaign.yaml > {log} 2>&1"
 
 
+if CAMPAIGN.regions:
+
+    rule aggregate_regions:
+        input:
+            map="results/map/map.json",
+            products=PLAN.product_files,
+            covariance="results/model/covariance.json",
+            regions=CAMPAIGN.regions.file,
+        output:
+            table="results/map/regions.csv",
+            polygons="results/map/regions.gpkg",
+            facts="results/map/regions.json",
+        log:
+            "logs/aggregate_regions.log",
+        benchmark:
+            "benchmarks/aggregate_regions.tsv"
+        threads: 2
+        resources:
+            mem_mb=mem_mb(3000),
+            runtime=minutes(60),
+        params:
+            config=keys("regions", "tasks"),
+            code=code_digest("assess.regions"),
+        message:
+            "Areas, means and totals of the regions"
+        shell:
+            "terraloom aggregate-regions --campaign work/campaign.yaml > {log} 2>&1"
+
+
 if CAMPAIGN.archive.kind == "simulated":
 
     rule score_rehearsal:

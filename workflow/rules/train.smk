@@ -94,6 +94,7 @@ if building("model"):
             reliability="results/model/reliability.csv",
             history="results/model/history.csv",
             suspects="results/model/suspects.gpkg",
+            covariance="results/model/covariance.json",
             card="results/model/model_card.md",
         log:
             "logs/calibrate.log",

@@ -21,6 +21,7 @@ import xarray as xr
 from terraloom.assess.coverage import judge_coverage
 from terraloom.assess.model_card import write_model_card
 from terraloom.assess.reliability import SkillReport, skill_report
+from terraloom.assess.residuals import residual_covariances
 from terraloom.assess.skill import edge_scores, probability_scores, value_scores
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
@@ -109,6 +110,8 @@ def calibrate(campaign: Campaign) -> None:
     write_json(MODEL / "calibration.json", {"tasks": {task.name: fitted}})
     if campaign.uncertainty.sets:
         write_json(MODEL / "conformal.json", sets)
+    covariances = residual_covariances(campaign, chips, legend, cover, seen, held)
+    write_json(MODEL / "covariance.json", covariances)
     write_review(MODEL / "suspects.gpkg", review, labels, legend.names)
     write_model_card(campaign)
     _say(record)

@@ -16,7 +16,7 @@ from terraloom.config.simulation import Simulation
 
 __all__ = [
     "Aoi", "Archive", "Campaign", "Composite", "Coregister", "Cube", "Grid", "Masks", "Milestones",
-    "Predict", "Sample", "Scenes", "Source", "Uncertainty",
+    "Predict", "Regions", "Sample", "Scenes", "Source", "Uncertainty",
 ]  # fmt: skip
 
 MaskName = Literal["auto", "layer", "spectral", "s2cloudless", "csmask", "omnicloudmask"]
@@ -336,6 +336,18 @@ class Uncertainty(Section):
     )
 
 
+class Regions(Section):
+    """Polygons that areas, means and totals are wanted of."""
+
+    file: str = Field(
+        description="Vector file of polygons, any CRS; they may overlap and reach outside the map."
+    )
+    name_column: str | None = Field(
+        None, description="Column with the name of each region; default: its row, from 1."
+    )
+    level: float = Field(0.9, gt=0.5, lt=1, description="Level of the intervals (share).")
+
+
 class Milestones(Section):
     """Freeze points: a frozen milestone is used as it is and never rebuilt."""
 
@@ -368,6 +380,9 @@ class Campaign(Section):
     sample: Sample | None = Field(
         None,
         description="Probability sample; without one the areas are map areas, not estimates.",
+    )
+    regions: Regions | None = Field(
+        None, description="Regions with totals of their own; without this none are computed."
     )
     milestones: Milestones = Field(default_factory=Milestones, description="Freeze points.")
 

@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 
 from terraloom.errors import FoldError
 
-__all__ = ["Variogram", "empirical_variogram", "fit_variogram", "residuals"]
+__all__ = ["SHAPES", "Variogram", "empirical_variogram", "fit_variogram", "residuals"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -72,7 +72,7 @@ class Variogram:
 
     def at(self, distance_m: npt.ArrayLike) -> Floats:
         """Semivariance of the model at distances, metres."""
-        shape = _SHAPES[self.model](np.asarray(distance_m, dtype=np.float64) / self.range_m)
+        shape = SHAPES[self.model](np.asarray(distance_m, dtype=np.float64) / self.range_m)
         return np.asarray(self.nugget + (self.sill - self.nugget) * shape, dtype=np.float64)
 
     def record(self) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def _exponential(u: Floats) -> Floats:
     return np.asarray(1 - np.exp(-PRACTICAL * u), dtype=np.float64)
 
 
-_SHAPES = {"spherical": _spherical, "exponential": _exponential}
+#: Rise from 0 to 1 of each model, by distance over range.
+SHAPES = {"spherical": _spherical, "exponential": _exponential}
 
 
 def residuals(xy: npt.ArrayLike, value: npt.ArrayLike, *, classes: bool) -> Floats:
@@ -207,7 +208,7 @@ def fit_variogram(lag_m: npt.ArrayLike, gamma: npt.ArrayLike, pairs: npt.ArrayLi
     weight = np.sqrt(n) / lag
     best: tuple[float, str, float] | None = None
     ranges = np.geomspace(lag.min(), lag.max(), 60)
-    for model in _SHAPES:
+    for model in SHAPES:
         errors = [_best_sill(lag, g, weight, model, r)[0] for r in ranges]
         k = int(np.argmin(errors))
         bounds = (float(ranges[max(k - 1, 0)]), float(ranges[min(k + 1, len(ranges) - 1)]))
@@ -227,7 +228,7 @@ def _best_sill(
     lag: Floats, gamma: Floats, weight: Floats, model: str, range_m: float
 ) -> tuple[float, tuple[float, float]]:
     """Residual norm, and nugget and partial sill >= 0, for a given range."""
-    shape = _SHAPES[model](lag / range_m)
+    shape = SHAPES[model](lag / range_m)
     found, norm = nnls(np.column_stack([weight, weight * shape]), weight * gamma)
     return float(norm), (float(found[0]), float(found[1]))
 
