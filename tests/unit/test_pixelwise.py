@@ -122,3 +122,21 @@ def test_presto_gets_values_in_their_units() -> None:
     assert net.eval().predict(x)["cover"].shape == (1, 3, 4, 4)
     names = {k for k, p in net.named_parameters() if p.requires_grad}
     assert names and not any(".presto." in k for k in names), "frozen"
+
+
+@pytest.mark.parametrize("network", ["ltae", "tempcnn", "gru"])
+def test_pixels_that_do_not_count_are_left_out(network: str) -> None:
+    """In evaluation the others are as always; in training they cost nothing."""
+    net, x = make_net(network), scene(n=2)
+    ready = net.prepare(x)
+    wanted = torch.rand((2, 24, 24), generator=torch.Generator().manual_seed(1)) < 0.2
+    whole, some = net.forward_prepared(ready)["cover"], net.forward_at(ready, wanted)["cover"]
+    at = wanted[:, None].expand_as(whole)
+    assert torch.allclose(some[at], whole[at], atol=1e-6)
+    assert not torch.allclose(some[~at], whole[~at], atol=1e-3)
+    seen: list[int] = []
+    net.series.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0].x)))
+    net.forward_at(ready, wanted)
+    assert seen == [int(wanted.sum())]
+    for none in (torch.zeros_like(wanted), torch.ones_like(wanted)):
+        assert torch.equal(net.forward_at(ready, none)["cover"], whole)

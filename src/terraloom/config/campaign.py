@@ -393,6 +393,11 @@ class Campaign(Section):
             raise ValueError("task names must differ")
         if sum(t.kind is TaskKind.SEGMENTATION for t in self.tasks) != 1:
             raise ValueError("exactly one task must be of kind `segmentation` (it is the map)")
+        if self.model.co_teaching and not any(t.loss.forget for t in self.tasks):
+            raise ValueError(
+                "`model.co_teaching` needs `loss.forget` of a task: the share of labels that the "
+                "two networks leave out"
+            )
         if self.folds.count * self.model.members < 3:
             raise ValueError("an ensemble needs folds.count x model.members >= 3 networks")
         if self.sample and self.sample.answers == "truth" and self.archive.kind != "simulated":

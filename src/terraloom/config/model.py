@@ -137,6 +137,11 @@ class Model(Section):
         "uncertainty, or so that tasks do not pull against each other.",
     )
     augment: Augment = Field(default_factory=Augment, description="Changes of training windows.")
+    co_teaching: bool = Field(
+        False,
+        description="Train two networks together, each on the labels that the other chose by their "
+        "small loss; the first is kept. Takes twice the time; needs `loss.forget` of a task.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Number format of training; `auto`: bf16 on a GPU that has it, else fp32.",

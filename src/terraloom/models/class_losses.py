@@ -300,6 +300,7 @@ def segmentation_loss(
     soft: Tensor | None = None,
     transition: npt.ArrayLike | None = None,
     keep: float = 1.0,
+    judge: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean over the labelled pixels of the loss that ``settings`` name.
 
@@ -314,6 +315,8 @@ def segmentation_loss(
         transition: (K, K) for ``forward``; row = true class, column = label.
         keep: Share of labelled pixels to learn from, the ones with the smallest loss (before
             weights and smoothing); see :meth:`SegmentationLoss.keep`.
+        judge: Logits in the shape of ``logits`` whose loss says which these are, such as those of
+            another network; None: ``logits``.
 
     Returns:
         Scalar; 0 without a labelled pixel.
@@ -332,7 +335,11 @@ def segmentation_loss(
     logp = F.log_softmax(z, 1)
     loss = pixel_loss(logp, target, s, transition)
     if keep < 1:
-        w = w * select_small(loss, keep, label if s.per_class else None)
+        judged = loss.detach()
+        if judge is not None:
+            z = labelled_pixels(judge.detach(), y, pixel_weights=pixel_weights)[0]
+            judged = pixel_loss(F.log_softmax(z, 1), target, s, transition)
+        w = w * select_small(judged, keep, label if s.per_class else None)
     if s.smoothing > 0:
         loss = (1 - s.smoothing) * loss - s.smoothing * logp.mean(1)
     total = (loss * w).sum() / w.sum().clamp_min(_LEAST)

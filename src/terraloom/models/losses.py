@@ -209,6 +209,7 @@ class MultiTaskLoss:
         soft: Mapping[str, Tensor] | None = None,
         *,
         done: float = 1.0,
+        judge: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Loss per task that has a labelled pixel in this batch, in its own unit.
 
@@ -218,6 +219,7 @@ class MultiTaskLoss:
             pixel_weights: (N, h, w) >= 0 per task that has them; 0 is as good as no label.
             soft: Shares of the classes per task that has them, (N, K, h, w), of any sum.
             done: Share of the training that is over (0-1), for small-loss selection.
+            judge: Raw outputs whose losses choose the pixels; None: ``raw``.
         """
         out: dict[str, Tensor] = {}
         for task in self._tasks:
@@ -225,13 +227,15 @@ class MultiTaskLoss:
             labelled = t != IGNORE if task.kind == "segmentation" else torch.isfinite(t)
             if not bool((labelled if w is None else labelled & (w > 0)).any()):
                 continue
-            out[task.name] = self._loss(task, raw[task.name], t, w, (soft or {}).get(task.name),
-                                        done)  # fmt: skip
+            out[task.name] = self._loss(
+                task, raw[task.name], t, w, (soft or {}).get(task.name), done,
+                None if judge is None else judge[task.name],
+            )  # fmt: skip
         return out
 
     def _loss(
         self, task: TaskSpec, z: Tensor, y: Tensor, w: Tensor | None, soft: Tensor | None,
-        done: float,
+        done: float, judge: Tensor | None,
     ) -> Tensor:  # fmt: skip
         name = task.loss_name
         if task.kind == "segmentation":
@@ -239,7 +243,7 @@ class MultiTaskLoss:
             matrix = self._transitions.get(task.name) if s.name == "forward" else None
             return segmentation_loss(
                 z, y, settings=s, weights=self._weights.get(task.name), pixel_weights=w,
-                soft=soft, transition=matrix, keep=s.keep(done),
+                soft=soft, transition=matrix, keep=s.keep(done), judge=judge,
             )  # fmt: skip
         if task.kind == "boundary":
             return boundary_loss(z, y, pixel_weights=w)

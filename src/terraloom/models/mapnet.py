@@ -117,6 +117,15 @@ class MapNet(nn.Module):
                          where=type(self).__name__, allowed="networks presto and backbone",
                          fix="leave model.weights out")  # fmt: skip
 
+    def forward_at(self, x: Mapping[int, Tensor], wanted: Tensor) -> dict[str, Tensor]:
+        """:meth:`forward_prepared` where only some pixels count, as in training.
+
+        Args:
+            x: Prepared inputs.
+            wanted: (N, h, w) of bool; what the outputs are elsewhere does not matter.
+        """
+        return self.forward_prepared(x)
+
     # --- geometry ------------------------------------------------------------------------------
     def halo_px(self) -> int:
         """Receptive field rounded up to :attr:`stride_px`: read this much around a tile."""

@@ -145,6 +145,20 @@ class PixelNet(DatedNet):
         features = features.view(n, h, w, -1).permute(0, 3, 1, 2)
         return {name: head(features) for name, head in self.heads.items()}
 
+    def forward_at(self, x: Mapping[int, Tensor], wanted: Tensor) -> dict[str, Tensor]:
+        """Outputs of the pixels that count, those of a vector of zeros elsewhere.
+
+        In training the statistics of batch norm are those of the pixels that count.
+        """
+        n, h, w = wanted.shape
+        rows = torch.nonzero(wanted.flatten())[:, 0]
+        if not len(rows) or len(rows) == wanted.numel():
+            return self.forward_prepared(x)
+        found = self._encoded(self._series(x)[rows])
+        features = found.new_zeros((n * h * w, found.shape[1])).index_copy(0, rows, found)
+        features = features.view(n, h, w, -1).permute(0, 3, 1, 2)
+        return {name: head(features) for name, head in self.heads.items()}
+
     def _encoded(self, series: Tensor) -> Tensor:
         """(rows, width) of series (rows, T, bands)."""
         days = (self.day + 1).expand(len(series), -1)

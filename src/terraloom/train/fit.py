@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import FoldError
+from terraloom.models.coteaching import CoTeachingLoss, Pair
 from terraloom.models.devices import choose_device
 from terraloom.models.fusion import FusionSpec, Normalisation
 from terraloom.models.heads import TaskSpec
@@ -24,6 +25,7 @@ from terraloom.train.augment import Augmentation
 from terraloom.train.checkpoint import Checkpoint
 from terraloom.train.distributed import World
 from terraloom.train.held_out import HeldOut, Validator, predict_held_out
+from terraloom.train.live import Live
 from terraloom.train.loop import LoopSettings, train
 from terraloom.train.pack import Pack, pack_chips, pack_labels
 from terraloom.train.sampler import Sampler
@@ -59,6 +61,8 @@ class FitSettings(LoopSettings):
         draw_power: Crops are drawn around a class with probability frequency^power.
         erode_px: Class labels this close to another class are not trained on (pixels).
         augmentation: Random changes of the crops.
+        co_teaching: Two networks choose the labels that each learns from, the first is kept; see
+            :mod:`terraloom.models.coteaching`.
     """
 
     network: str = "fusion"
@@ -75,6 +79,7 @@ class FitSettings(LoopSettings):
     draw_power: float = 1.0
     erode_px: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    co_teaching: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def fit_member(
     world: World | None = None,
     transitions: Mapping[str, npt.ArrayLike] | None = None,
     pretrained: Path | str | None = None,
+    live: Live | None = None,
 ) -> FitResult:
     """Train one member on the labelled pixels of all folds but one.
 
@@ -152,6 +158,7 @@ def fit_member(
         world: Processes that train together.
         transitions: Per task whose loss needs it, (K, K) probability of a label given the class.
         pretrained: Weights that the networks ``presto`` and ``backbone`` start from.
+        live: Shows how far it is.
 
     Raises:
         FoldError: No labelled pixel remains.
@@ -171,29 +178,41 @@ def fit_member(
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         torch.manual_seed(int(stream[0] >> 1))
         normalisation = normalisation_of(chips, spec, held_out_fold)
-        net = build(spec, normalisation)
-        if pretrained is not None:
-            net.load_pretrained(pretrained)
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nets = [_network(spec, normalisation, pretrained) for _ in range(1 + settings.co_teaching)]
+        net = nets[0]
         pack = pack_chips(net, chips, labels, folder=folder)
         sampler = Sampler(
             net, pack, crop_px=settings.crop_px, class_power=settings.draw_power,
             augmentation=settings.augmentation,
             generator=torch.Generator().manual_seed(int(stream[1] >> 1)),
         )  # fmt: skip
-        sampler.start_reduction(net, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
-        loss = MultiTaskLoss(
+        for each in nets:
+            sampler.start_reduction(each, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
+        loss = (CoTeachingLoss if settings.co_teaching else MultiTaskLoss)(
             scaled, _weights(scaled, pack, settings.class_power),
             transitions=transitions,
         )  # fmt: skip
         done = train(
-            net, sampler, loss, settings, checkpoint=checkpoint, world=world,
+            Pair(*nets) if settings.co_teaching else net, sampler, loss, settings,
+            checkpoint=checkpoint, world=world, live=live,
             score=None if stop is None else Validator(chips, scaled, stop),
         )  # fmt: skip
+    state = Pair.of_first(done.state) if settings.co_teaching else done.state
     return FitResult(
-        done.state, spec, normalisation, done.history, held_out_fold, member, seed, settings,
+        state, spec, normalisation, done.history, held_out_fold, member, seed, settings,
         done.scores, done.epoch, units_of(chips),
     )  # fmt: skip
+
+
+def _network(
+    spec: FusionSpec, normalisation: dict[str, Normalisation], pretrained: Path | str | None
+) -> MapNet:
+    """A fresh network for training."""
+    net = build(spec, normalisation)
+    if pretrained is not None:
+        net.load_pretrained(pretrained)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 @dataclass(frozen=True)

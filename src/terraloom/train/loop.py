@@ -24,6 +24,7 @@ from terraloom.models.losses import MultiTaskLoss
 from terraloom.models.mapnet import MapNet
 from terraloom.train.checkpoint import Checkpoint, Progress, random_states, set_random_states
 from terraloom.train.distributed import World, gathered, mean_of, share_gradients, synchronise
+from terraloom.train.live import Live
 from terraloom.train.sampler import Batch, Prefetch, Sampler
 
 __all__ = ["LoopSettings", "Trained", "follow", "train"]
@@ -111,7 +112,9 @@ class _Step:
         if self.number is not None:
             mixed = torch.autocast(self.device.type, self.number)
         with mixed:
-            raw = self.net.forward_prepared({f: v[self.share] for f, v in here.x.items()})
+            raw = self.net.forward_at(
+                {f: v[self.share] for f, v in here.x.items()}, here.labelled()[self.share]
+            )
         if self.number is not None:
             raw = {k: v.float() for k, v in raw.items()}
         return self.loss.each(gathered(raw, self.world), here.y, here.w, here.soft, done=done)
@@ -163,6 +166,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     score: Callable[[MapNet], float] | None = None,
     world: World | None = None,
+    live: Live | None = None,
 ) -> Trained:
     """Train a network.
 
@@ -174,6 +178,7 @@ def train(
         checkpoint: Where a killed training goes on.
         score: Score of the averaged network, for early stopping; larger is better.
         world: Processes that train together; default: this one alone.
+        live: Shows how far it is.
 
     Raises:
         ModelError: The loss is no longer finite: names the windows of the batch; the state before
@@ -224,6 +229,8 @@ def train(
                 _judge(now, score, probe, per_epoch, steps, s.patience)
             if checkpoint is not None and alone.rank == 0:
                 checkpoint.keep(now)
+            if live is not None and alone.rank == 0:
+                live.tell(now, per_epoch, steps)
     state = now.best if now.best else average
     if not all(bool(torch.isfinite(v).all()) for v in state.values()):
         raise ModelError("training diverged", fix="lower model.learning_rate")

@@ -32,6 +32,7 @@ from terraloom.train.checkpoint import Checkpoint
 from terraloom.train.cleaning import TrainingWeights, label_rules, training_weights
 from terraloom.train.distributed import World, join_world, leave_world
 from terraloom.train.fit import FitSettings, fit_member, save_fit
+from terraloom.train.live import Live
 from terraloom.train.preset import preset
 from terraloom.train.search import search
 
@@ -107,7 +108,7 @@ def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
         depth=m.depth, dropout=m.dropout,
         epochs=m.epochs, batch=m.batch, accumulate=m.accumulate, learning_rate=m.learning_rate,
         weight_decay=m.weight_decay, ema=m.ema, patience=m.patience, precision=m.precision,
-        device=m.device, balance=m.balance,
+        device=m.device, balance=m.balance, co_teaching=m.co_teaching,
         draw_power={"area": 1.0, "class": 0.0}[m.sampling],
         # Networks of single pixels gain nothing from neighbours, and cost more per pixel.
         crop_px=24 if single else FitSettings.crop_px,
@@ -189,6 +190,7 @@ def _train(campaign: Campaign, fold: int, member: int, world: World) -> None:
             chips, tasks, settings, held_out_fold=fold, member=member, seed=campaign.seed,
             checkpoint=checkpoint, folder=folder, keep=keep, weights=found.weights,
             transitions=found.transitions, world=world, pretrained=campaign.model.weights,
+            live=Live(WORK / f"{name}.csv"),
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)

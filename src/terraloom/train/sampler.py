@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from terraloom.errors import FoldError, ModelError
+from terraloom.models.losses import IGNORE
 from terraloom.models.mapnet import MapNet
 from terraloom.train.augment import Augmentation, Augmenter
 from terraloom.train.pack import Pack
@@ -44,6 +45,18 @@ class Batch:
     w: dict[str, Tensor]
     soft: dict[str, Tensor]
     where: list[tuple[int, int, int]]
+
+    def labelled(self) -> Tensor:
+        """(n, h, w) whether a pixel has a label of any task with a weight above 0."""
+        found: Tensor | None = None
+        for name, y in self.y.items():
+            has = y != IGNORE if y.dtype == torch.uint8 else torch.isfinite(y)
+            if name in self.w:
+                has = has & (self.w[name] > 0)
+            found = has if found is None else found | has
+        if found is None:
+            raise ModelError("a batch without tasks", where="training")
+        return found
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
