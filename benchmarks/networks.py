@@ -21,8 +21,8 @@ from terraloom.models.mapnet import MapNet
 from terraloom.models.registry import build, make_spec, ready
 from terraloom.preprocess.groups import group_factor
 
-ROUNDS = 5
-SIZE_PX = 480
+ROUNDS = 3
+SIZE_PX = 240
 TASKS = (TaskSpec("cover", "segmentation", tuple("abcdef")), TaskSpec("edge", "boundary"))
 S2_10 = ("B02", "B03", "B04", "B08")
 S2_20 = ("B05", "B06", "B07", "B8A", "B11", "B12")
@@ -106,7 +106,7 @@ def variants() -> None:
             return ready(build(make_spec(name, TYPICAL, TASKS)))
 
     half = SIZE_PX // 2
-    x = inputs(TYPICAL, 1, half)
+    x = inputs(TYPICAL, 1, half)  # networks of single pixels take seconds for more
     nets = {n: made(n) for n in VARIANTS}
     steps = {n: training(made(n)) for n in VARIANTS}
     train: dict[str, list[float]] = {n: [] for n in VARIANTS}
