@@ -172,8 +172,7 @@ def fit_member(
     scaled = tuple(_scaled(t, labels) for t in tasks)
     spec = _spec(chips, scaled, settings)
     stream = np.random.SeedSequence([seed, held_out_fold, member]).generate_state(2, np.uint64)
-    # Initial weights and dropout draw from torch's global stream: it is forked, so that neither
-    # the caller's stream nor another member's is touched.
+    # Weights and dropout draw from torch's global streams: of the caller these stay untouched.
     cuda = choose_device(settings.device).type == "cuda"
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
         torch.manual_seed(int(stream[0] >> 1))
@@ -188,10 +187,9 @@ def fit_member(
         )  # fmt: skip
         for each in nets:
             sampler.start_reduction(each, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
-        loss = (CoTeachingLoss if settings.co_teaching else MultiTaskLoss)(
-            scaled, _weights(scaled, pack, settings.class_power),
-            transitions=transitions,
-        )  # fmt: skip
+        kind = CoTeachingLoss if settings.co_teaching else MultiTaskLoss
+        weighted = _weights(scaled, pack, settings.class_power)
+        loss = kind(scaled, weighted, transitions=transitions)
         done = train(
             Pair(*nets) if settings.co_teaching else net, sampler, loss, settings,
             checkpoint=checkpoint, world=world, live=live,
