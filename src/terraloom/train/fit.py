@@ -187,18 +187,17 @@ def fit_member(
         )  # fmt: skip
         for each in nets:
             sampler.start_reduction(each, lambda i: free(slice(i, i + 1), chips.isel(n=[i]))[0])
-        kind = CoTeachingLoss if settings.co_teaching else MultiTaskLoss
         weighted = _weights(scaled, pack, settings.class_power)
-        loss = kind(scaled, weighted, transitions=transitions)
+        kind = CoTeachingLoss if settings.co_teaching else MultiTaskLoss
         done = train(
-            Pair(*nets) if settings.co_teaching else net, sampler, loss, settings,
+            Pair(*nets) if settings.co_teaching else net, sampler,
+            kind(scaled, weighted, transitions=transitions), settings,
             checkpoint=checkpoint, world=world, live=live,
             score=None if stop is None else Validator(chips, scaled, stop),
         )  # fmt: skip
-    state = Pair.of_first(done.state) if settings.co_teaching else done.state
     return FitResult(
-        state, spec, normalisation, done.history, held_out_fold, member, seed, settings,
-        done.scores, done.epoch, units_of(chips),
+        _own(done.state, settings), spec, normalisation, done.history, held_out_fold, member, seed,
+        settings, done.scores, done.epoch, units_of(chips),
     )  # fmt: skip
 
 
@@ -211,6 +210,11 @@ def _network(
         net.load_pretrained(pretrained)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
+
+
+def _own(state: dict[str, Tensor], s: FitSettings) -> dict[str, Tensor]:
+    """The state of the network that is handed back."""
+    return Pair.of_first(state) if s.co_teaching else state
 
 
 @dataclass(frozen=True)
