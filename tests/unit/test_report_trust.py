@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.fake_results import fake_campaign, fake_results
 from support.fake_trust import add_trust
 from terraloom.io import read_json, write_json
-from terraloom.report import charts
+from terraloom.report import charts, measures
 from terraloom.report.page import build_report
 from terraloom.report.regional import regions
 from terraloom.report.trust import applicability, coverage
@@ -89,3 +89,22 @@ def test_a_choropleth_scales_to_its_largest_value() -> None:
 def test_the_page_shows_how_often_tiles_were_seen(page: str) -> None:
     assert "7 tiles, one map per period" in page
     assert "x003y000" in page
+
+
+def test_the_page_shows_what_the_map_adds_to_the_sample(page: str) -> None:
+    assert "worth 1.3 times as many units, 524 in effect" in page
+    assert "Canopy height, 400 units" in page
+    assert "two classes swapped for each other" in page
+
+
+def test_probabilities_have_scores_with_their_spread_over_folds(page: str) -> None:
+    assert "Probabilities on 31\u202f000 held-out pixels (ECE in 10 bins)" in page
+    assert "80.0% ± 6.0%" in page
+
+
+def test_tables_are_left_out_where_nothing_was_measured() -> None:
+    assert measures.assisted(None) is None
+    assert measures.assisted({"assisted": {"why_not": "the map has no probabilities"}}) is None
+    assert measures.values({"values": {"height": {"why_not": "3 of 9 units have no value"}}}) == []
+    assert measures.disagreement({"report": None}) is None
+    assert measures.probabilities({}) is None

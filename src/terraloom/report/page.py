@@ -22,7 +22,17 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
 from terraloom.plan import product_path
-from terraloom.report import charts, facts, figures, formats, panels, provenance, scores, trust
+from terraloom.report import (
+    charts,
+    facts,
+    figures,
+    formats,
+    measures,
+    panels,
+    provenance,
+    scores,
+    trust,
+)
 from terraloom.report.advice import advise
 from terraloom.report.regional import regions
 from terraloom.report.scenes import scene_section
@@ -114,6 +124,10 @@ def _context(root: Path, campaign: Campaign, config_path: str) -> dict[str, Any]
         "layers": layers,
         "trust": trusted,
         "regions": regions(root, legend),
+        "assisted": measures.assisted(accuracy),
+        "value_tables": measures.values(accuracy),
+        "causes": measures.disagreement(accuracy),
+        "probabilities": measures.probabilities(skill.raw),
         "skill": skill,
         "charts": _skill_charts(skill, root),
         "scenes": rows,
