@@ -129,6 +129,18 @@ def schema(
     write_text(folder / "README.md", tables_text())
 
 
+@app.command(rich_help_panel=PEOPLE)
+def provenance(
+    file: Annotated[Path, typer.Argument(help="A file of a map, or one of its tiles.")],
+    everything: Annotated[bool, typer.Option("--all", help="List all scenes.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what a file of a map was made from, and whether its bytes are those recorded."""
+    from terraloom.report.origin import origin_of, origin_text
+
+    typer.echo(origin_text(origin_of(file), everything=everything, as_json=json_))
+
+
 @state_app.command("save")
 def state_save(
     milestones: Annotated[

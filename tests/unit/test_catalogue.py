@@ -143,6 +143,10 @@ def test_provenance(made: Path, item: pystac.Item):
     assert p["terraloom:weights"][name] == sha256(made / "model" / name)
     assert len(p["terraloom:weights"]) == 4
     assert re.fullmatch(r"[0-9a-f]{16}", p["terraloom:config_digest"])
+    for key in ("config", "code"):
+        assert re.fullmatch(r"[0-9a-f]{16}", p[f"terraloom:map_{key}"])
+    assert p["terraloom:estimator"]["kind"] == "stratified_random"
+    assert p["processing:software"] == {"terraloom": __version__}
 
 
 def test_digest_follows_the_settings(made: Path, item: pystac.Item, tmp_path: Path):

@@ -1,7 +1,9 @@
 # What people open: the catalogue of products and the report.
 rule catalogue_products:
     input:
+        PLAN.polygon_files,
         map="results/map/map.json",
+        accuracy="results/map/accuracy.json",
         held_out="results/model/held_out.json",
         lock="results/scenes/items.json",
     output:

@@ -29,6 +29,8 @@ from terraloom.config.labels import Task
 from terraloom.errors import StateError
 from terraloom.grid import geobox_from_record
 from terraloom.io import read_json, sha256, write_text
+from terraloom.origin import TAG, map_tags
+from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode
 from terraloom.preprocess.reasons import INVALID, Reason, describe
 from terraloom.report import provenance
 
@@ -37,10 +39,14 @@ __all__ = ["catalogue_products"]
 _EXTENSIONS = (
     "https://stac-extensions.github.io/classification/v2.0.0/schema.json",
     "https://stac-extensions.github.io/file/v2.1.0/schema.json",
+    "https://stac-extensions.github.io/processing/v1.2.0/schema.json",
     "https://stac-extensions.github.io/projection/v2.0.0/schema.json",
     "https://stac-extensions.github.io/raster/v2.0.0/schema.json",
 )
 _JSON, _CSV, _HTML = "application/json", "text/csv", "text/html"
+_MEDIA_TYPES = {
+    ".tif": pystac.MediaType.COG, ".vrt": "application/xml", ".gpkg": pystac.MediaType.GEOPACKAGE,
+}  # fmt: skip
 #: Every multihash of SHA-256 starts with its code and its length, 32 bytes.
 _SHA256_PREFIX = "1220"
 
@@ -132,11 +138,29 @@ def _item(root: Path, campaign: Campaign, record: Any, where: Path) -> pystac.It
             "terraloom:config_digest": provenance.config_digest(campaign),
             "terraloom:scenes": provenance.used_scenes(root),
             "terraloom:weights": provenance.weights(root),
+            **_made_from(root, campaign),
             "terraloom:simulated": campaign.archive.kind == "simulated",
             "terraloom:valid_pct": record.get("valid_pct"),
         }
     )
     return item
+
+
+def _made_from(root: Path, campaign: Campaign) -> dict[str, Any]:
+    """Digests of labels, weights, code and settings, as the files carry them; the estimator."""
+    tags = map_tags(campaign, root)
+    found: dict[str, Any] = {
+        "processing:software": {"terraloom": __version__},
+        "processing:lineage": "Composites of the scenes, classified by an ensemble of networks.",
+    }
+    for name in ("CONFIG", "CODE", "LABELS", "WEIGHTS"):
+        found[f"terraloom:map_{name.lower()}"] = tags.get(TAG + name)
+    accuracy = provenance.optional_json(root / "map" / "accuracy.json")
+    if accuracy:
+        found["terraloom:estimator"] = {
+            "status": accuracy.get("status"), **(accuracy.get("sample") or {})
+        }  # fmt: skip
+    return found
 
 
 def _projection(geobox: GeoBox) -> dict[str, Any]:
@@ -164,10 +188,13 @@ def _assets(root: Path, campaign: Campaign, record: Any, where: Path) -> dict[st
     for key, entry in sorted(products.items()):
         file = str(entry["file"] if isinstance(entry, Mapping) else entry)
         assets[str(key)] = _product(root, campaign, record, str(key), Path(file).name, entry)
-    if (root / "map" / "class_map.qml").is_file():
-        assets["class_map_style"] = _plain(
-            "class_map.qml", "QGIS style of the class map", "text/xml", ["style"]
-        )
+    for style in sorted((root / "map").glob("*.qml")):
+        title = f"QGIS style of {style.stem.replace('_', ' ')}"
+        assets[f"{style.stem}_style"] = _plain(style.name, title, "text/xml", ["style"])
+    if (polygons := root / "map" / "class_map.gpkg").is_file():
+        asset = _plain(polygons.name, "Polygons of the class map", _MEDIA_TYPES[".gpkg"], ["data"])
+        asset.extra_fields["file:checksum"] = _SHA256_PREFIX + sha256(polygons)
+        assets["polygons"] = asset
     # The rest is written later in the same run, so that it carries no checksum here.
     assets["areas"] = _plain("areas.csv", "Areas per class", _CSV, ["data"])
     assets["accuracy"] = _plain("accuracy.json", "Accuracy and area estimates", _JSON, ["metadata"])
@@ -192,11 +219,11 @@ def _product(
             f"the product `{key}` of map.json is missing", where=path.as_posix(),
             fix="run the map stage",
         )  # fmt: skip
-    title, roles, fields = _description(campaign, record, Path(file).stem)
+    title, roles, fields = _description(campaign, record, key)
     digest = entry.get("sha256") if isinstance(entry, Mapping) else None
     fields["file:size"] = path.stat().st_size
     fields["file:checksum"] = _SHA256_PREFIX + str(digest or sha256(path))
-    kind = pystac.MediaType.COG if path.suffix.lower() in (".tif", ".tiff") else "text/xml"
+    kind = _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
     return pystac.Asset(file, title, media_type=kind, roles=roles, extra_fields=fields)
 
 
@@ -205,13 +232,18 @@ def _description(
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Title, roles and extra fields of a product by its file name."""
     legend = list(record["legend"])
-    if stem == "class_map":
+    code = PROBABILITY_CODES[campaign.products.probability_bits]
+    if stem in ("class_map", "class_map_mmu"):
         fields = _bands([_band("class", "uint8", 0)])
         fields["classification:classes"] = _classes(legend)
-        return "Class map", ["data"], fields
+        unit = "" if stem == "class_map" else " with a minimum mapping unit"
+        return f"Class map{unit}", ["data"], fields
     if stem == "probabilities":
         names = [str(e["name"]) for e in legend]
-        bands = [_band(n, "uint8", 255, scale=0.005, description="probability") for n in names]
+        bands = [
+            _band(n, code.dtype, code.nodata, scale=1 / code.steps, description="probability")
+            for n in names
+        ]
         return "Class probabilities", ["data"], _bands(bands)
     if stem == "uncertainty":
         # The largest entropy, ln K, is stored as 200.
@@ -229,7 +261,7 @@ def _description(
     if stem == "image":
         return _image(record.get("image") or {})
     task = next((t for t in campaign.tasks if t.name == stem), None)
-    return _task(task) if task else (stem.replace("_", " ").capitalize(), ["data"], {})
+    return _task(task, code) if task else (stem.replace("_", " ").capitalize(), ["data"], {})
 
 
 def _image(image: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
@@ -246,14 +278,15 @@ def _image(image: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     return f"{title} of the last period", ["visual", "overview"], _bands(bands)
 
 
-def _task(task: Task) -> tuple[str, list[str], dict[str, Any]]:
+def _task(task: Task, code: ProbabilityCode) -> tuple[str, list[str], dict[str, Any]]:
     title = task.name.replace("_", " ").replace("-", " ").capitalize()
     if task.kind is TaskKind.REGRESSION:
         names = ["mean", "sd_aleatoric", "sd_epistemic"]
         bands = [_band(n, "float32", -9999, unit=task.unit) for n in names]
         return title, ["data", "uncertainty"], _bands(bands)
     text = "probability of a boundary"
-    return title, ["data"], _bands([_band("edge", "uint8", 255, scale=0.005, description=text)])
+    band = _band("edge", code.dtype, code.nodata, scale=1 / code.steps, description=text)
+    return title, ["data"], _bands([band])
 
 
 def _band(
