@@ -27,9 +27,10 @@ __all__ = [
     "check_fields",
     "make_head",
     "quantiles_of",
+    "scene_of",
 ]
 
-KINDS = ("segmentation", "regression", "boundary")
+KINDS = ("segmentation", "regression", "boundary", "scene")
 #: Losses of each kind; the first is what ``auto`` means.
 LOSSES: dict[str, tuple[str, ...]] = {
     "segmentation": (
@@ -37,6 +38,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     ),
     "regression": ("gaussian", "huber", "quantile"),
     "boundary": ("bce",),
+    "scene": ("pooled_ce",),
 }  # fmt: skip
 #: What a head with loss ``quantile`` predicts.
 QUANTILES = (0.05, 0.5, 0.95)
@@ -66,8 +68,9 @@ class TaskSpec:
 
     Attributes:
         name: Key of the labels (``y_<name>``) and of the outputs.
-        kind: ``segmentation``, ``regression`` or ``boundary``.
-        classes: Names of classes 0..K-1; segmentation only.
+        kind: ``segmentation``, ``regression``, ``boundary``, or ``scene``: one class for a whole
+            window. Campaigns know the first three.
+        classes: Names of classes 0..K-1; segmentation and scene only.
         unit: Unit of the value; regression only.
         weight: Weight of the task's loss beside the others.
         transform: ``standardise`` or ``log1p`` (skewed values >= 0); regression only.
@@ -97,7 +100,7 @@ class TaskSpec:
         where = f"task {self.name}"
         if self.kind not in KINDS:
             raise ModelError(f"kind {self.kind!r}", where=where, allowed=", ".join(KINDS))
-        if self.kind == "segmentation" and not 2 <= len(self.classes) <= 255:
+        if self.classed and not 2 <= len(self.classes) <= 255:
             raise ModelError(f"{len(self.classes)} classes", where=where, allowed="2 to 255")
         if self.transform not in ("standardise", "log1p"):
             raise ModelError(f"transform {self.transform!r}", where=where,
@@ -109,6 +112,11 @@ class TaskSpec:
             raise ModelError("dice, smoothing or forget", where=where, allowed="segmentation only")
 
     @property
+    def classed(self) -> bool:
+        """Whether labels are classes (255 = none), not values (NaN = none)."""
+        return self.kind in ("segmentation", "scene")
+
+    @property
     def loss_name(self) -> str:
         """The loss, with ``auto`` resolved."""
         return LOSSES[self.kind][0] if self.loss == "auto" else self.loss
@@ -116,7 +124,7 @@ class TaskSpec:
     @property
     def channels(self) -> int:
         """Channels of the prediction: probabilities, mean and variance, or one probability."""
-        return {"segmentation": len(self.classes), "regression": 2, "boundary": 1}[self.kind]
+        return len(self.classes) if self.classed else {"regression": 2, "boundary": 1}[self.kind]
 
     @property
     def raw_channels(self) -> int:
@@ -166,6 +174,31 @@ class SegmentationHead(Head):
     def physical(self, raw: Tensor) -> Tensor:
         """Softmax over classes."""
         return raw.softmax(1)
+
+
+class SceneHead(SegmentationHead):
+    """Evidence of each pixel for the classes of its window; physical: as probabilities.
+
+    The head pools nothing, so that a map of evidence does not depend on tiles; :func:`scene_of`
+    pools it over the pixels that count.
+    """
+
+
+def scene_of(p: Tensor, valid: Tensor) -> Tensor:
+    """Class probabilities (N, K) of whole windows: the softmax of the mean logits of their pixels.
+
+    Args:
+        p: (N, K, h, w) physical output of a :class:`SceneHead`; the logarithm of a softmax differs
+            from the logits by a number per pixel, which the second softmax takes out again.
+        valid: (N, h, w) of bool: pixels that count.
+
+    Returns:
+        NaN for a window without a valid pixel.
+    """
+    on = valid[:, None]
+    # The smallest float32 keeps a probability that has underflown finite.
+    logs = torch.where(on, p.clamp_min(torch.finfo(p.dtype).tiny).log(), 0.0)
+    return (logs.sum((2, 3)) / on.sum((2, 3))).softmax(1)
 
 
 class BoundaryHead(Head):
@@ -227,6 +260,7 @@ def make_head(task: TaskSpec, c_in: int) -> Head:
         "segmentation": SegmentationHead,
         "regression": RegressionHead,
         "boundary": BoundaryHead,
+        "scene": SceneHead,
     }
     made = QuantileHead if task.loss_name == "quantile" else kinds[task.kind]
     return made(task, c_in)

@@ -32,6 +32,7 @@ __all__ = [
     "huber_loss",
     "loss_floor",
     "quantile_loss",
+    "scene_loss",
     "segmentation_loss",
 ]
 
@@ -152,6 +153,34 @@ def quantile_loss(raw: Tensor, y: Tensor, *, pixel_weights: Tensor | None = None
     return _masked_mean(torch.maximum(level * over, (level - 1) * over).mean(1), ok, pixel_weights)
 
 
+def scene_loss(
+    z: Tensor, y: Tensor, *, weights: Tensor | None = None, pixel_weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of windows: the mean logits of their labelled pixels against their label.
+
+    A window with several labels counts as each of them by its share of the labelled pixels.
+
+    Args:
+        z: (N, K, h, w) logits.
+        y: (N, h, w) class of the window where its image is valid, 255 elsewhere.
+        weights: (K,) weights of the classes.
+        pixel_weights: (N, h, w) >= 0; 0 is as good as no label.
+    """
+    k = z.shape[1]
+    w = (y != IGNORE).to(z.dtype)
+    if pixel_weights is not None:
+        w = w * pixel_weights
+    total = w.sum((1, 2))
+    some = total > 0
+    share = w[some] / total[some, None, None]
+    logits = (z[some] * share[:, None]).sum((2, 3))
+    classes = F.one_hot(torch.where(y == IGNORE, 0, y)[some].long(), k).movedim(-1, 1)
+    target = (classes * share[:, None]).sum((2, 3))
+    if weights is not None:
+        target = target * weights.to(z.device)
+    return -(target * logits.log_softmax(1)).sum() / target.sum().clamp_min(1e-12)
+
+
 #: See :func:`gaussian_nll`.
 _BETA = 1.0
 #: What these losses of a pixel never fall below, in the standardised scale: v ln(v) / 2 and
@@ -224,7 +253,7 @@ class MultiTaskLoss:
         out: dict[str, Tensor] = {}
         for task in self._tasks:
             t, w = y[task.name], (pixel_weights or {}).get(task.name)
-            labelled = t != IGNORE if task.kind == "segmentation" else torch.isfinite(t)
+            labelled = t != IGNORE if task.classed else torch.isfinite(t)
             if not bool((labelled if w is None else labelled & (w > 0)).any()):
                 continue
             out[task.name] = self._loss(
@@ -245,6 +274,8 @@ class MultiTaskLoss:
                 z, y, settings=s, weights=self._weights.get(task.name), pixel_weights=w,
                 soft=soft, transition=matrix, keep=s.keep(done), judge=judge,
             )  # fmt: skip
+        if task.kind == "scene":
+            return scene_loss(z, y, weights=self._weights.get(task.name), pixel_weights=w)
         if task.kind == "boundary":
             return boundary_loss(z, y, pixel_weights=w)
         if name == "gaussian":

@@ -267,7 +267,7 @@ def _weights(tasks: Sequence[TaskSpec], pack: Pack, power: float) -> dict[str, T
     return {
         t.name: torch.from_numpy(class_weights(pack.class_counts(t), power)).float()
         for t in tasks
-        if t.kind == "segmentation"
+        if t.classed
     }
 
 

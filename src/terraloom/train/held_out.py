@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import ModelError
-from terraloom.models.heads import TaskSpec
+from terraloom.models.heads import TaskSpec, scene_of
 from terraloom.models.losses import IGNORE
 from terraloom.models.mapnet import MapNet
 from terraloom.train.pack import Positions, blocks_of
@@ -132,8 +132,8 @@ def _picked(index: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], size: int
 class Validator:
     """Score of a network on a fold that it is not trained on, without keeping predictions.
 
-    The score is the mean over tasks of macro-F1 (classes), and of 1 - squared error / variance
-    (values and boundaries); 1 is perfect.
+    The score is the mean over tasks of macro-F1 (classes of pixels, or of whole chips), and of
+    1 - squared error / variance (values and boundaries); 1 is perfect.
 
     Args:
         chips: The chips; of those with a label in the fold a random part, where there are many.
@@ -178,7 +178,13 @@ class _Sums:
 
     def add(self, p: Tensor, y: Tensor) -> None:
         has = _has(y)
-        if self._kind == "segmentation":
+        if self._kind == "scene":  # a chip is one label
+            share = torch.nn.functional.one_hot(torch.where(has, y, 0).long(), p.shape[1])
+            share = (share * has[..., None]).sum((1, 2))
+            some = has.flatten(1).any(1)
+            p, y = scene_of(p, has)[some][..., None], share[some].argmax(1)[:, None]
+            has = torch.ones_like(y, dtype=torch.bool)
+        if self._kind in ("segmentation", "scene"):
             pair = y[has].long() * len(self._matrix) + p.argmax(1)[has]
             self._matrix += np.bincount(pair.numpy(), minlength=self._matrix.size).reshape(
                 self._matrix.shape
@@ -188,7 +194,7 @@ class _Sums:
         self._sums += [len(true), true.sum(), (true**2).sum(), ((said - true) ** 2).sum()]
 
     def score(self) -> float:
-        if self._kind == "segmentation":
+        if self._kind in ("segmentation", "scene"):
             both = np.diag(self._matrix)
             total = self._matrix.sum(0) + self._matrix.sum(1)
             seen = self._matrix.sum(1) > 0

@@ -69,12 +69,12 @@ def facts_of(chips: xr.Dataset, tasks: Sequence[TaskSpec]) -> LabelFacts:
     counts, classes, rarest = [], 0, 1.0
     for t in tasks:
         y = np.asarray(chips[f"y_{t.name}"].values)
-        has = y < len(t.classes) if t.kind == "segmentation" else np.isfinite(y)
+        has = y < len(t.classes) if t.classed else np.isfinite(y)
         if not has.any():
             raise ModelError("no label", where=f"task {t.name}", fix="add labels or leave it out")
         counts.append(int(has.sum()))
         any_label |= has
-        if t.kind == "segmentation":
+        if t.classed:
             seen = np.bincount(y[has])
             classes = max(classes, len(t.classes))
             rarest = min(rarest, float(seen[seen > 0].min() / seen.sum()))

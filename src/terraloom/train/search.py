@@ -199,7 +199,7 @@ def _some(chips: xr.Dataset, seed: int) -> tuple[xr.Dataset, npt.NDArray[np.int6
 
 
 def _has(task: TaskSpec, y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    has = y < len(task.classes) if task.kind == "segmentation" else np.isfinite(y)
+    has = y < len(task.classes) if task.classed else np.isfinite(y)
     return np.asarray(has, dtype=bool)
 
 
@@ -236,7 +236,7 @@ def _hidden(
     fold[gone] = validation_fold
     out = chips.assign(fold=(chips["fold"].dims, fold))
     for t in tasks:
-        for name, none in ((f"y_{t.name}", IGNORE if t.kind == "segmentation" else np.nan),
+        for name, none in ((f"y_{t.name}", IGNORE if t.classed else np.nan),
                            (f"label_{t.name}", -1), (f"w_{t.name}", 0)):  # fmt: skip
             if name in chips:
                 values = np.array(chips[name].values)

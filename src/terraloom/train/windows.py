@@ -182,9 +182,9 @@ def labels_of(
             weight = np.nan_to_num(np.array(chips[f"w_{task.name}"].values, dtype=np.float32))
             w[task.name] = torch.from_numpy(weight)
             here = keep & (weight > 0)  # no weight is no label
-        if task.kind == "segmentation":
+        if task.classed:
             values[~here | (values >= len(task.classes))] = IGNORE
-            if erode_px > 0:
+            if erode_px > 0 and task.kind == "segmentation":
                 values = _erode(values, erode_px)
         else:
             values = values.astype(np.float32)
