@@ -28,7 +28,7 @@ class Products(Section):
     probability_bits: Literal[8, 16] = Field(
         8,
         description="Probabilities are stored in steps of 1/200 (8 bits) or 1/10000 (16 bits, "
-        "about three times as large).",
+        "larger files).",
     )
     minimum_mapping_unit_ha: float = Field(
         0, ge=0, le=10_000,
