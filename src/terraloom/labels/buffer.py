@@ -29,8 +29,12 @@ def buffered(
     pixel_m: float,
     held_out_fold: int,
     buffer_m: float,
+    *,
+    out: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Which pixels may train while a fold is held out.
+
+    One chip after the other is looked at: arrays may be files that are mapped into memory.
 
     Args:
         chips_fold: (n, h, w) fold of each pixel, 255 none.
@@ -40,6 +44,7 @@ def buffered(
         pixel_m: Width of a pixel, metres.
         held_out_fold: The fold that tests.
         buffer_m: Smallest allowed distance of pixel centres, metres; 0 keeps all.
+        out: (n, h, w) array that takes the result; None: a new one.
 
     Returns:
         (n, h, w) False for labelled pixels of other folds closer than ``buffer_m``, centre to
@@ -56,19 +61,25 @@ def buffered(
             f"fold {chips_fold.shape}, labelled {labelled.shape}, rows {row.shape}, columns "
             f"{col.shape}", where="folds.buffer_m", allowed="(n, h, w) twice and (n,) twice",
         )  # fmt: skip
-    keep = np.ones(chips_fold.shape, dtype=bool)
-    held = labelled & (chips_fold == held_out_fold)
-    own = _outline(held)
-    if buffer_m <= 0 or not len(own):
+    keep = np.empty(chips_fold.shape, dtype=bool) if out is None else out
+    keep[:] = True
+    if buffer_m <= 0:
         return keep
-    others = labelled & (chips_fold != held_out_fold) & (chips_fold != NO_FOLD)
-    own_at = _coordinates(own, row, col)
+    own = [
+        _outline(labelled[i] & (chips_fold[i] == held_out_fold)) + np.array([row[i], col[i]])
+        for i in range(n)
+    ]
+    own_at = np.concatenate([np.zeros((0, 2), np.int64), *own]).astype(np.float64)
+    if not len(own_at):
+        return keep
     tree = cKDTree(own_at)
     reach = buffer_m / pixel_m
     bound = reach * (1 - 1e-9)
-    left = 0
+    left = found = 0
     for chip in range(n):
-        at = np.argwhere(others[chip])
+        fold = chips_fold[chip]
+        at = np.argwhere(labelled[chip] & (fold != held_out_fold) & (fold != NO_FOLD))
+        found += len(at)
         corner = np.array([row[chip], col[chip]])
         if not len(at) or _far(tree, at + corner, reach):
             left += len(at)
@@ -80,7 +91,7 @@ def buffered(
             drop = np.isfinite(near)
             keep[chip][tuple(part[drop].T)] = False
             left += int((~drop).sum())
-    if not left and others.any():
+    if not left and found:
         raise FoldError(
             f"no label is {buffer_m:g} m or more from all labels of fold {held_out_fold}",
             where="folds.buffer_m", allowed="labels left to train with",
@@ -90,24 +101,14 @@ def buffered(
 
 
 def _outline(held: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Chip, row and column of the pixels of a set that have a neighbour outside it, (P, 3).
+    """Row and column of the pixels of a chip's set that have a neighbour outside it, (P, 2).
 
     The nearest pixel of the set to one outside is always of these: from any other, a step towards
     the one outside stays in the set. Pixels at a chip's edge are kept without a look at the next.
     """
     inner = np.zeros_like(held)
-    inner[:, 1:-1, 1:-1] = (
-        held[:, :-2, 1:-1] & held[:, 2:, 1:-1] & held[:, 1:-1, :-2] & held[:, 1:-1, 2:]
-    )
+    inner[1:-1, 1:-1] = held[:-2, 1:-1] & held[2:, 1:-1] & held[1:-1, :-2] & held[1:-1, 2:]
     return np.argwhere(held & ~inner)
-
-
-def _coordinates(
-    at: npt.NDArray[np.int64], row: npt.NDArray[np.int64], col: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Row and column in the campaign's grid, (P, 2)."""
-    chip = at[:, 0]
-    return np.column_stack([at[:, 1] + row[chip], at[:, 2] + col[chip]]).astype(np.float64)
 
 
 def _far(tree: cKDTree, at: npt.NDArray[np.int64], reach: float) -> bool:

@@ -8,8 +8,11 @@ cross-validated within the training folds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import geopandas as gpd
@@ -35,6 +38,7 @@ from terraloom.labels.time import weigh_chips
 from terraloom.models.heads import TaskSpec
 from terraloom.models.losses import IGNORE
 from terraloom.train.baseline import pixels_at_10m
+from terraloom.train.pack import array_in, blocks_of
 
 __all__ = ["LabelRule", "TrainingWeights", "label_rules", "training_weights"]
 
@@ -119,6 +123,7 @@ def training_weights(
     labels: gpd.GeoDataFrame | None = None,
     periods: Sequence[PeriodLike] = (),
     keep: npt.NDArray[np.bool_] | None = None,
+    folder: Path | None = None,
 ) -> TrainingWeights:
     """Weights of all pixels' labels for one held-out fold, which has no influence on them.
 
@@ -132,6 +137,7 @@ def training_weights(
         labels: Aligned labels; only where a rule looks at their time.
         periods: Periods of the images; likewise.
         keep: (N, h, w) pixels that may be trained on; None: all.
+        folder: Where the weights lie; None: in memory.
 
     Raises:
         LabelError: All labels of a task end up without weight, or the labels' time is asked for
@@ -139,55 +145,73 @@ def training_weights(
         FoldError: The training folds have labels in one place only, so that none can be judged.
     """
     out = TrainingWeights()
-    fold = chips["fold"].values
-    free = (fold != held_out_fold) & (fold != IGNORE)
-    if keep is not None:
-        free &= keep
     for task in tasks:
         if task.name not in rules:
             continue
         rule, record = rules[task.name], {}
-        y = chips[f"y_{task.name}"].values
-        has = free & ((y < len(task.classes)) if y.dtype == np.uint8 else np.isfinite(y))
-        w = has.astype(np.float32)
-        if f"w_{task.name}" in chips:
-            w *= np.nan_to_num(chips[f"w_{task.name}"].values)
+        w = array_in(chips["fold"].shape, np.float32, folder, f"weight-{task.name}")
+        labelled = _start(w, chips, task, held_out_fold, keep)
         if rule.timed:
             timed, record["time"] = _by_time(chips, task, rule, labels, periods, held_out_fold)
             w *= timed
-        _require(w, has, task, held_out_fold, record)
+        _require(w, labelled, task, held_out_fold, record)
         if rule.reviewed:
             review = _review(chips, task, w, held_out_fold, seed)
             each = np.ones(0 if review is None else len(review.ids))
             if review is not None and rule.clean != "none":
                 each = label_weights(review, rule.clean)
-                w *= pixel_weights(review, each, chips[f"label_{task.name}"].values)
+                for at, part in blocks_of(chips[[f"label_{task.name}"]]):
+                    w[at] *= pixel_weights(review, each, part[f"label_{task.name}"].values)
             if review is not None:
                 record["clean"] = {"how": rule.clean, **review_counts(review, each)}
             if rule.forward:
                 noise = np.eye(len(task.classes)) if review is None else transition(review, each)
                 out.transitions[task.name] = noise
                 record["transition"] = noise.round(4).tolist()
-            _require(w, has, task, held_out_fold, record)
+            _require(w, labelled, task, held_out_fold, record)
         out.weights[task.name] = w
+        total = sum(float(v.sum(dtype=np.float64)) for v in w)
         out.record[task.name] = record | {
-            "labelled_px": int(has.sum()),
-            "without_weight_px": int((has & (w == 0)).sum()),
-            "mean_weight": round(float(w[has].mean(dtype=np.float64)), 4),
+            "labelled_px": labelled,
+            "without_weight_px": labelled - _positive(w),
+            "mean_weight": round(total / labelled, 4),
         }
     return out
 
 
-def _require(
-    w: F32, has: npt.NDArray[np.bool_], task: TaskSpec, fold: int, record: Mapping[str, Any]
-) -> None:
+def _start(
+    w: F32, chips: xr.Dataset, task: TaskSpec, held_out_fold: int,
+    keep: npt.NDArray[np.bool_] | None,
+) -> int:  # fmt: skip
+    """Fill in weights before any rule: those of the chips, else 1; how many pixels are labelled."""
+    names = [n for n in (f"y_{task.name}", f"w_{task.name}") if n in chips]
+    labelled = 0
+    for at, part in blocks_of(chips[["fold", *names]]):
+        fold, y = part["fold"].values, part[f"y_{task.name}"].values
+        has = (fold != held_out_fold) & (fold != IGNORE)
+        has &= (y < len(task.classes)) if y.dtype == np.uint8 else np.isfinite(y)
+        if keep is not None:
+            has &= keep[at]
+        labelled += int(has.sum())
+        w[at] = has
+        if f"w_{task.name}" in part:
+            w[at] *= np.nan_to_num(part[f"w_{task.name}"].values)
+    return labelled
+
+
+def _positive(w: F32) -> int:
+    """How many pixels have a weight, chip by chip."""
+    return sum(int((v > 0).sum()) for v in w)
+
+
+def _require(w: F32, labelled: int, task: TaskSpec, fold: int, record: Mapping[str, Any]) -> None:
     """Some pixel must be left to train on; else say what took the others."""
-    if (w > 0).any():
+    if _positive(w):
         return
-    if not has.any():
+    if not labelled:
         found, fix = "no labelled pixel", "use more labels, or other folds"
     else:
-        found = f"all {int(has.sum())} labelled pixels are without weight"
+        found = f"all {labelled} labelled pixels are without weight"
         fix = "check the labels and their legend"
         if "time" in record:
             t = record["time"]
@@ -231,10 +255,10 @@ def _review(
 ) -> LabelReview | None:
     """Labels of the training folds, judged within them; None where none can be."""
     classes = len(task.classes)
-    of = chips[f"label_{task.name}"].values.ravel()
-    index = np.flatnonzero((w.ravel() > 0) & (of != NO_LABEL))
-    index = index[_thinned(of[index])]
-    y, of = chips[f"y_{task.name}"].values.ravel()[index], of[index].astype(np.int64)
+    label, target = f"label_{task.name}", f"y_{task.name}"
+    index = _thinned(chips[[label]], label, w)
+    y = _values(chips, target, index)
+    of = _values(chips, label, index).astype(np.int64)
     part = _parts(chips, index)
     # A forest knows nothing of a class that all other parts lack: such labels are not judged.
     alone = [k for k in np.unique(y) if len(np.unique(part[y == k])) < 2]
@@ -259,22 +283,52 @@ def _review(
     return review_in_rounds(_features(chips, index), y, part, fit, of)
 
 
-def _thinned(of: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """Positions of at most ``_MOST_PX`` pixels per label, evenly, ascending."""
-    order = np.argsort(of, kind="stable")
-    _, first, inverse, size = np.unique(
-        of[order], return_index=True, return_inverse=True, return_counts=True
-    )
-    rank = np.arange(len(order)) - first[inverse]
-    return np.sort(order[rank % (-(-size // _MOST_PX))[inverse] == 0])
+def _thinned(chips: xr.Dataset, label: str, w: F32) -> npt.NDArray[np.int64]:
+    """Flat positions of at most ``_MOST_PX`` weighed pixels per label, evenly, ascending."""
+    pixels = w.shape[1] * w.shape[2]
+    size: Counter[int] = Counter()
+
+    def found() -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]]:
+        for at, part in blocks_of(chips):
+            of = part[label].values.ravel()
+            index = np.flatnonzero((w[at].ravel() > 0) & (of != NO_LABEL))
+            yield index + at.start * pixels, of[index]
+
+    for _, of in found():
+        size.update(
+            dict(zip(*(v.tolist() for v in np.unique(of, return_counts=True)), strict=True))
+        )
+    before: Counter[int] = Counter()
+    kept = [np.zeros(0, np.int64)]
+    for index, of in found():
+        order = np.argsort(of, kind="stable")
+        names, first, inverse, count = np.unique(
+            of[order], return_index=True, return_inverse=True, return_counts=True
+        )
+        step = np.array([-(-size[k] // _MOST_PX) for k in names.tolist()], dtype=np.int64)
+        gone = np.array([before[k] for k in names.tolist()], dtype=np.int64)
+        rank = np.arange(len(order)) - first[inverse] + gone[inverse]
+        kept.append(np.sort(index[order[rank % step[inverse] == 0]]))
+        before.update(dict(zip(names.tolist(), count.tolist(), strict=True)))
+    return np.concatenate(kept)
+
+
+def _values(chips: xr.Dataset, name: str, index: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Values of single pixels of a plane (N, h, w); ``index`` ascends."""
+    pixels = math.prod(chips[name].shape[1:])
+    parts = []
+    for at, part in blocks_of(chips[[name]]):
+        low, high = np.searchsorted(index, (at.start * pixels, at.stop * pixels))
+        parts.append(part[name].values.ravel()[index[low:high] - at.start * pixels])
+    return np.concatenate(parts)
 
 
 def _parts(chips: xr.Dataset, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Spatial part of each pixel: its fold, or of a single fold its block, dealt to a few."""
-    fold = chips["fold"].values.ravel()[index].astype(np.int64)
+    fold = _values(chips, "fold", index).astype(np.int64)
     if len(np.unique(fold)) > 1:
         return fold
-    _, rank = np.unique(chips["block"].values.ravel()[index], return_inverse=True)
+    _, rank = np.unique(_values(chips, "block", index), return_inverse=True)
     return np.asarray(rank % _PARTS, dtype=np.int64)
 
 

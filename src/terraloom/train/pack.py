@@ -22,12 +22,12 @@ from terraloom.models.losses import IGNORE
 from terraloom.models.mapnet import MapNet
 from terraloom.train.windows import inputs_of, labels_of
 
-__all__ = ["Pack", "Positions", "blocks_of", "pack_chips", "pack_labels"]
+__all__ = ["Pack", "Positions", "array_in", "blocks_of", "pack_chips", "pack_labels"]
 
 #: Chips that are read and prepared at once (count).
 _BLOCK = 16
 #: Positions of labelled pixels that are kept per class (count); beyond, a random part of them.
-_MOST = 2_000_000
+_MOST = 500_000
 
 Keep = Callable[[slice, xr.Dataset], npt.NDArray[np.bool_]]
 
@@ -159,17 +159,17 @@ def pack_labels(
         start = at.start * size[1] * size[2]
         for name, v in labels.items():
             if name not in y:
-                y[name] = _array(size, v.numpy().dtype, folder, f"y-{name}")
+                y[name] = array_in(size, v.numpy().dtype, folder, f"y-{name}")
             y[name][at] = v.numpy()
             _note(pools[name], v.numpy().ravel(), start)
         for name, v in each.items():
             if name not in w:
-                w[name] = _array(size, v.numpy().dtype, folder, f"w-{name}")
+                w[name] = array_in(size, v.numpy().dtype, folder, f"w-{name}")
             w[name][at] = v.numpy()
         for name in (t.name for t in tasks if f"s_{t.name}" in part):
             share = part[f"s_{name}"].values
             if name not in soft:
-                soft[name] = _array((size[0], *share.shape[1:]), share.dtype, folder, f"s-{name}")
+                soft[name] = array_in((size[0], *share.shape[1:]), share.dtype, folder, f"s-{name}")
             soft[name][at] = share
     order = {name: sorted(each) for name, each in pools.items()}
     return Pack(
@@ -210,15 +210,16 @@ def pack_chips(net: MapNet, chips: xr.Dataset, labels: Pack, *, folder: Path | N
             if f not in x:
                 # Channels last: a window then is a few long runs of bytes.
                 _, c, h, w = v.shape
-                x[f] = _array((chips.sizes["n"], h, w, c), v.dtype, folder, f"x-{f}")
+                x[f] = array_in((chips.sizes["n"], h, w, c), v.dtype, folder, f"x-{f}")
             x[f][at] = v.transpose(0, 2, 3, 1)
     features = {f: torch.from_numpy(v).permute(0, 3, 1, 2) for f, v in x.items()}
     return replace(labels, x=features)
 
 
-def _array(
-    shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None, name: str
+def array_in(
+    shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None, name: str
 ) -> npt.NDArray[Any]:
+    """An array without values yet, in memory or, with a folder, in a file mapped into it."""
     if folder is None:
         return np.empty(shape, dtype)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from terraloom.train.cleaning import TrainingWeights, label_rules, training_weig
 from terraloom.train.distributed import World, join_world, leave_world
 from terraloom.train.fit import FitSettings, fit_member, save_fit
 from terraloom.train.live import Live
+from terraloom.train.pack import array_in, blocks_of
 from terraloom.train.preset import preset
 from terraloom.train.search import search
 
@@ -183,9 +184,9 @@ def _train(campaign: Campaign, fold: int, member: int, world: World) -> None:
     name = f"fold-{fold}-member-{member}"
     checkpoint = Checkpoint(WORK / f"{name}.safetensors", origin)
     folder = WORK / f"{name}-pack-{world.rank}"
-    keep = _outside_buffer(campaign, chips, fold)
-    found = _weighed(campaign, chips, tasks, fold, keep)
     try:
+        keep = _outside_buffer(campaign, chips, fold, folder)
+        found = _weighed(campaign, chips, tasks, fold, keep, folder)
         fit = fit_member(
             chips, tasks, settings, held_out_fold=fold, member=member, seed=campaign.seed,
             checkpoint=checkpoint, folder=folder, keep=keep, weights=found.weights,
@@ -208,6 +209,7 @@ def _weighed(
     tasks: list[TaskSpec],
     fold: int,
     keep: npt.NDArray[np.bool_] | None,
+    folder: Path,
 ) -> TrainingWeights:
     """Weights of the labels for a held-out fold, by the rules of their tasks."""
     rules = label_rules(campaign)
@@ -217,23 +219,28 @@ def _weighed(
     aligned = aligned.set_crs(str(geobox_from_record(chips.attrs).crs), allow_override=True)
     return training_weights(
         chips, tasks, rules, held_out_fold=fold, seed=campaign.seed, labels=aligned,
-        periods=campaign.cube.periods, keep=keep,
+        periods=campaign.cube.periods, keep=keep, folder=folder,
     )  # fmt: skip
 
 
 def _outside_buffer(
-    campaign: Campaign, chips: xr.Dataset, fold: int
+    campaign: Campaign, chips: xr.Dataset, fold: int, folder: Path | None = None
 ) -> npt.NDArray[np.bool_] | None:
-    """Pixels that are far enough from held-out labels; None: all are."""
+    """Pixels that are far enough from held-out labels; None: all are. In files with a folder."""
     if campaign.folds.buffer_m == 0:
         return None
-    names = [t.name for t in campaign.tasks]
-    labelled = np.zeros(chips["fold"].shape, dtype=bool)
-    for name in names:
-        y = chips[f"y_{name}"].values
-        labelled |= y != IGNORE_INDEX if y.dtype == np.uint8 else np.isfinite(y)
+    size = chips["fold"].shape
+    folds = array_in(size, np.uint8, folder, "fold")
+    labelled = array_in(size, np.bool_, folder, "labelled")
+    names = [f"y_{t.name}" for t in campaign.tasks]
+    for at, part in blocks_of(chips[["fold", *names]]):
+        folds[at] = part["fold"].values
+        targets = [part[n].values for n in names]
+        labelled[at] = np.any(
+            [y != IGNORE_INDEX if y.dtype == np.uint8 else np.isfinite(y) for y in targets], axis=0
+        )
     pixel_m = abs(float(geobox_from_record(chips.attrs).resolution.x))
     return buffered(
-        chips["fold"].values, labelled, chips["row"].values, chips["col"].values, pixel_m, fold,
-        campaign.folds.buffer_m,
+        folds, labelled, chips["row"].values, chips["col"].values, pixel_m, fold,
+        campaign.folds.buffer_m, out=array_in(size, np.bool_, folder, "keep"),
     )  # fmt: skip
