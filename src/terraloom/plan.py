@@ -132,7 +132,12 @@ def product_names(campaign: Campaign) -> list[str]:
     """Names of the rasters of the map, in the order people look at them."""
     tasks = [t.name for t in campaign.tasks if t.kind is not TaskKind.SEGMENTATION]
     sieved = ["class_map_mmu"] if campaign.products.minimum_mapping_unit_ha > 0 else []
-    return ["class_map", *sieved, "probabilities", "uncertainty", *tasks, "reasons", "image"]
+    sets = ["conformal_set"] if campaign.uncertainty.sets else []
+    known = ["applicability"] if campaign.uncertainty.applicability else []
+    return [
+        "class_map", *sieved, "probabilities", "uncertainty", *sets, *known, *tasks, "reasons",
+        "image",
+    ]  # fmt: skip
 
 
 def product_suffix(campaign: Campaign, name: str, tiles: int) -> str:
@@ -269,6 +274,14 @@ class Plan:
         return ["results/map/class_map.gpkg"] if self.campaign.products.vector else []
 
     @property
+    def trust_files(self) -> list[str]:
+        """Files of the model that say how far its predictions can be trusted."""
+        wanted, folder = self.campaign.uncertainty, "results/model"
+        sets = [f"{folder}/conformal.json"] if wanted.sets else []
+        known = [f"{folder}/applicability.{end}" for end in ("safetensors", "json")]
+        return sets + (known if wanted.applicability else [])
+
+    @property
     def milestones(self) -> dict[str, list[str]]:
         """Files that stand when a milestone is done."""
         final = [f"results/map/{n}" for n in ("map.json", "tiles.csv", "areas.csv", "metrics.json")]
@@ -290,7 +303,7 @@ class Plan:
             "model": [
                 "results/model/calibration.json", "results/model/held_out.json",
                 "results/model/metrics.json",
-                *(["results/model/conformal.json"] if self.campaign.uncertainty.sets else []),
+                *self.trust_files,
             ],
             "map": [*self.product_files, *self.polygon_files, *final],
         }  # fmt: skip

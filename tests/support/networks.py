@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from terraloom.io import write_json
 from terraloom.legend import read_legend
 from terraloom.models.fusion import FusionSpec, Normalisation, index_pairs
 from terraloom.models.heads import TaskSpec
-from terraloom.models.mapnet import MapNet
-from terraloom.models.registry import build, save_member
+from terraloom.models.mapnet import FEATURES, MapNet
+from terraloom.models.registry import build, load_member, save_member
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
+from terraloom.train.familiar import write_applicability
+from terraloom.uncertainty.applicability import Applicability, cell_means, fit_space
 
 
 def random_ensemble(
@@ -60,6 +63,29 @@ def random_ensemble(
                     normalisation)  # fmt: skip
     calibration = {"method": "temperature", "temperature": 1.3}
     write_json("results/model/calibration.json", {"tasks": {campaign.land_cover.name: calibration}})
+    k = len(legend)
+    known: dict[str, Any] = {
+        t.name: {"kind": "normalised", "factor": 1.9}
+        for t in campaign.tasks
+        if t.kind is TaskKind.REGRESSION
+    }
+    known[campaign.land_cover.name] = {
+        "kind": "sets", "score": "lac", "thresholds": [0.8 - 0.2 * i / k for i in range(k)],
+    }  # fmt: skip
+    write_json("results/model/conformal.json", {"coverage": 0.9, "tasks": known})
+    _random_reference(Path("results/model"), grid, members)
+
+
+def _random_reference(folder: Path, grid: CampaignGrid, members: int) -> None:
+    """A reference of training that is some pixels of the first corner."""
+    corner = CubeReader(Path("work/cube"), grid).window(0, 0, 96, 96)
+    inputs = {g: torch.from_numpy(x)[None] for g, x in corner.items()}
+    spaces, names = [], [f"fold-0/member-{m}" for m in range(members)]
+    for name in names:
+        net, _ = load_member(folder / f"{name}.safetensors")
+        features = cell_means(net.predict(inputs, describe=True)[FEATURES][0].numpy())
+        spaces.append(fit_space(features[::37]))
+    write_applicability(folder, Applicability(tuple(spaces), 0.4), names, np.array([0.2, 0.4]))
 
 
 def check_reach(net: MapNet, scene: Callable[[int, int, int], dict[str, Tensor]]) -> None:

@@ -19,7 +19,7 @@ from terraloom.config.campaign import Campaign
 from terraloom.config.load import parse_campaign
 from terraloom.grid import CampaignGrid
 from terraloom.io import write_json, write_store
-from terraloom.predict.encoding import PROBABILITY_CODES
+from terraloom.predict.encoding import PROBABILITY_CODES, encode_sets
 
 CODES = (3, 5, 9)
 NAMES = ("Wald & Busch", "Acker", "Wasser")
@@ -122,7 +122,10 @@ def _landscape(shape: tuple[int, int], bits: int, smooth: float, seed: int) -> x
     index = np.where(valid, p.argmax(axis=0), 255).astype(np.uint8)
     entropy = -(p * np.log(p)).sum(axis=0) / np.log(len(CODES))
     three = np.where(valid, np.rint(200 * np.stack([entropy, entropy, 0 * entropy])), 255)
-    height = np.where(valid, np.stack([30 * p[0], p[1], p[2]]), -9999).astype(np.float32)
+    parts = np.stack([30 * p[0], p[1], p[2], 30 * p[0] - 2, 30 * p[0] + 2])
+    height = np.where(valid, parts, -9999).astype(np.float32)
+    di = 1000 * entropy
+    known = np.where(valid, np.stack([di, 800 - 800 * entropy, di < 700]), 65535)
     yx = ("y", "x")
     return xr.Dataset({
         "class_index": (yx, index),
@@ -130,5 +133,8 @@ def _landscape(shape: tuple[int, int], bits: int, smooth: float, seed: int) -> x
         "uncertainty": (("kind", *yx), three.astype(np.uint8)),
         "edge": (yx, code.encode(p[2], valid)),
         "height": (("part", *yx), height),
+        "conformal_set": (("set", *yx), encode_sets(p > np.minimum(0.2, p.max(axis=0) - 1e-9),
+                                                    valid)),
+        "applicability": (("domain", *yx), known.astype(np.uint16)),
         "reasons": (yx, np.where(valid, 0, 2).astype(np.uint8)),
     })  # fmt: skip

@@ -63,6 +63,10 @@ def test_results_do_not_depend_on_tiles_and_windows(
         step = np.abs(got[name].astype(int) - reference[name].astype(int))
         assert step.max() <= 1 and (step > 0).mean() < 1e-3, name
     assert got["height"] == pytest.approx(reference["height"], abs=1e-3)
+    assert (got["conformal_set"] != reference["conformal_set"]).mean() < 1e-3
+    di = [x["applicability"].astype(int) for x in (got, reference)]
+    assert np.abs(di[0] - di[1])[0].max() <= 2, "steps of a thousandth"
+    assert (di[0] != di[1])[1:].mean() < 1e-3
 
 
 def test_raw_probabilities_agree_to_the_last_digits(
@@ -108,8 +112,34 @@ def test_products_keep_to_their_ranges(reference: dict[str, np.ndarray]) -> None
     assert np.all(best | ties)
     total, aleatoric, epistemic = reference["uncertainty"][:, there].astype(int)
     assert np.all(np.abs(total - aleatoric - epistemic) <= 2) and total.max() <= 200
-    mean, *sd = reference["height"][:, there]
+    mean, *sd = reference["height"][:3, there]
     assert mean.min() >= 0 and mean.max() <= 40 and all(s.min() >= 0 for s in sd)
+
+
+def test_layers_of_trust(reference: dict[str, np.ndarray]) -> None:
+    there = reference["class_index"] != 255
+    size, members = reference["conformal_set"][:, there].astype(int)
+    assert np.array_equal(size, sum((members >> k) & 1 for k in range(3)))
+    assert ((members >> reference["class_index"][there]) & 1).all(), "the mapped class is in"
+    assert set(np.unique(size)) >= {1, 2}
+    p = reference["probabilities"][:, there] / 200
+    for k, threshold in enumerate((0.8, 0.8 - 0.2 / 3, 0.8 - 0.4 / 3)):
+        sure = np.abs(p[k] - (1 - threshold)) > 0.01
+        expected = (p[k] > 1 - threshold) | (reference["class_index"][there] == k)
+        assert np.array_equal(expected[sure], ((members >> k) & 1).astype(bool)[sure])
+    di, density, inside = reference["applicability"][:, there].astype(float)
+    assert di.std() > 10 and 0.05 < inside.mean() < 0.99
+    off = di != 400  # where rounding decides
+    assert np.array_equal((inside == 1)[off], (di <= 400)[off]) and (density[di < 200] >= 5).all()
+    assert (reference["applicability"][:, ~there] == 65535).all()
+    assert (reference["conformal_set"][:, ~there] == 0).all()
+    corner = np.s_[1, :96, :96]
+    assert reference["applicability"][corner][there[:96, :96]].mean() > density.mean() * 0.9
+    mean, aleatoric, epistemic, low, high = reference["height"][:, there]
+    assert ((low <= mean) & (mean <= high)).all() and low.min() >= 0 and high.max() <= 40
+    free = (low > 0) & (high < 40)
+    reach = 1.9 * np.hypot(aleatoric, epistemic)
+    assert (high - low)[free] == pytest.approx(2 * reach[free], rel=1e-3)
 
 
 def test_the_reader_joins_tiles_and_pads_with_nan(

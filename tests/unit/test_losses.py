@@ -77,7 +77,9 @@ def test_predicted_mean_and_variance_cover_new_data(name: str, kind: str) -> Non
     y = draws(kind)
     raw = fitted(loss, task.raw_channels, y)
     out = make_head(task, 4).physical(raw)
-    assert out.shape == (1, task.channels, 1, 1) and task.channels == 2
+    assert out.shape == (1, task.channels, 1, 1) and task.channels == (
+        4 if name == "quantile" else 2
+    )
     mean, sd = float(out[0, 0]), float(out[0, 1]) ** 0.5
     if kind == "normal":
         assert mean == pytest.approx(11.0, abs=0.08) and sd == pytest.approx(1.6, rel=0.04)
@@ -88,6 +90,7 @@ def test_predicted_mean_and_variance_cover_new_data(name: str, kind: str) -> Non
         q = 10 + 2 * quantiles_of(raw).flatten()
         low, high = float(q[0]), float(q[2])
         assert high - low == pytest.approx(width, rel=1e-3)
+        assert (low, high) == pytest.approx(out[0, 2:].flatten().tolist(), rel=1e-5)
     assert ((new > low) & (new < high)).mean() == pytest.approx(0.9, abs=0.015)
 
 
@@ -109,7 +112,8 @@ def test_quantiles_of_logarithms_are_those_of_the_values() -> None:
     task = TaskSpec("v", "regression", transform="log1p", mean=1.0, std=0.5, loss="quantile")
     raw = torch.tensor([0.4, 0.1, 0.3]).view(1, 3, 1, 1)
     low, mid, high = torch.expm1(1.0 + 0.5 * quantiles_of(raw)).flatten().tolist()
-    median, variance = make_head(task, 2).physical(raw).flatten().tolist()
+    median, variance, *outer = make_head(task, 2).physical(raw).flatten().tolist()
+    assert outer == pytest.approx([low, high], rel=1e-5)
     assert median == pytest.approx(mid, rel=1e-5)
     assert variance == pytest.approx(((high - low) / 3.2897) ** 2, rel=1e-3)
     wild = make_head(task, 2).physical(torch.full((1, 3, 1, 1), 500.0))

@@ -83,9 +83,11 @@ def test_tiles_are_packed_into_jobs() -> None:
 
 def test_products_and_milestones() -> None:
     names = product_names(plan("rehearsal").campaign)
-    assert names == ["class_map", "probabilities", "uncertainty", "canopy_height", "boundary",
-                     "reasons", "image"]  # fmt: skip
-    assert plan().product_files[3] == "results/map/boundary.tif"
+    assert names == ["class_map", "probabilities", "uncertainty", "conformal_set", "applicability",
+                     "canopy_height", "boundary", "reasons", "image"]  # fmt: skip
+    off = plan(uncertainty={"sets": False, "applicability": False})
+    assert len(plan().milestones["model"]) == len(off.milestones["model"]) + 3
+    assert off.product_files[3] == "results/map/boundary.tif"
     assert "results/map/scoreboard.json" in plan("rehearsal").milestones["map"]
     assert "results/map/scoreboard.json" not in plan().milestones["map"]
     for milestone, files in plan().milestones.items():

@@ -44,6 +44,7 @@ def campaign() -> Any:
             "cube": {"periods": [{"name": "a", "start": "2023-01-01", "end": "2023-12-31"}]},
             "tasks": [{"name": "lc", "kind": "segmentation", "classes": "classes.csv",
                        "labels": {"file": "l.gpkg", "column": "c"}}],
+            "uncertainty": {"sets": False, "applicability": False},
         }
     )  # fmt: skip
 
@@ -237,11 +238,39 @@ def test_how_a_map_is_divided_into_jobs_changes_no_byte(
     assert made[0] == made[1]
 
 
+def test_facts_of_sets_and_applicability(finished: Path) -> None:
+    facts = read_json(finished / "map.json")
+    with rasterio.open(finished / "conformal_set.tif") as src:
+        size, members = src.read()
+        assert src.descriptions == ("size", "classes") and src.nodata == 0
+    with rasterio.open(finished / "class_map.tif") as src:
+        code = src.read(1)
+    share = facts["conformal_set"]["size_pct"]
+    mapped = size > 0
+    assert np.array_equal(mapped, code > 0)
+    assert share == pytest.approx({str(i): 100 * (size[mapped] == i).mean() for i in (1, 2, 3)})
+    assert facts["conformal_set"]["mean_size"] == pytest.approx(size[mapped].mean())
+    for k, c in enumerate(CODES):
+        assert ((members[code == c] >> k) & 1).all(), "the mapped class is in its set"
+    with rasterio.open(finished / "applicability.tif") as src:
+        inside = src.read(3) == 1
+        assert src.scales == (0.001, 0.1, 1.0)
+    known = facts["applicability"]
+    assert known["inside_pct"] == pytest.approx(100 * inside.sum() / mapped.sum())
+    assert 0 < known["inside_pct"] < 100
+    for entry in facts["legend"]:
+        part = (inside & (code == entry["code"])).sum() / (code == entry["code"]).sum()
+        found = known["inside_ha"][str(entry["code"])]
+        assert found == pytest.approx(entry["map_area_ha"] * part, rel=1e-3)
+    assert len(known["tiles_inside_pct"]) == facts["tiles"]
+
+
 def test_facts_hold_the_digest_of_every_product(finished: Path) -> None:
     facts = read_json(finished / "map.json")
     assert list(facts["products"]) == sorted(
-        ["class_map", "probabilities", "uncertainty", "edge", "height", "reasons", "image"]
-    )
+        ["class_map", "probabilities", "uncertainty", "edge", "height", "reasons", "image",
+         "conformal_set", "applicability"]
+    )  # fmt: skip
     for entry in facts["products"].values():
         assert sha256(finished / entry["file"]) == entry["sha256"]
     with rasterio.open(finished / "class_map.tif") as src:

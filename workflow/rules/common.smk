@@ -38,10 +38,6 @@ TRAIN_KEYS = [
     for key in type(CAMPAIGN.model).model_fields
     if key not in ("members", "baseline", "calibration", "label_noise", "processes")
 ]
-# What makes other conformal sets.
-SET_KEYS = [
-    f"uncertainty.{k}" for k in ("sets", "coverage", "method", "blocks", "score")
-]
 MILESTONES = PLAN.milestones
 
 

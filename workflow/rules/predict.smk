@@ -3,6 +3,7 @@ rule predict_tiles:
     input:
         calibration="results/model/calibration.json",
         cards=CARDS,
+        trust=PLAN.trust_files,
         cubes=lambda wildcards: expand(
             "work/cube/{batch}.json", batch=PLAN.around(wildcards.batch)
         ),
@@ -17,7 +18,15 @@ rule predict_tiles:
         mem_mb=mem_mb(3000),
         runtime=minutes(240),
     params:
-        config=keys("aoi", "grid", "tasks", "predict", "products.probability_bits"),
+        config=keys(
+            "aoi",
+            "grid",
+            "tasks",
+            "predict",
+            "products.probability_bits",
+            "uncertainty.sets",
+            "uncertainty.applicability",
+        ),
         code=code_digest("predict.engine"),
     message:
         "Predict the tiles of {wildcards.batch}"

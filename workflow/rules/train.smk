@@ -88,7 +88,7 @@ if building("model"):
             baseline="results/model/baseline.json" if CAMPAIGN.model.baseline else [],
         output:
             calibration="results/model/calibration.json",
-            sets=["results/model/conformal.json"] if CAMPAIGN.uncertainty.sets else [],
+            trust=PLAN.trust_files,
             held_out="results/model/held_out.json",
             metrics="results/model/metrics.json",
             reliability="results/model/reliability.csv",
@@ -114,7 +114,7 @@ if building("model"):
                 "model.members",
                 "model.label_noise",
                 "model.calibration",
-                *SET_KEYS,
+                "uncertainty",
             ),
             code=code_digest("assess.held_out"),
         message:

@@ -36,6 +36,7 @@ from terraloom.models.mapnet import MapNet
 from terraloom.models.registry import check_contract, load_member
 from terraloom.train.calibrate import Reliability, reliability
 from terraloom.train.ensemble import averaged, cross_fitted_average, fit_calibration
+from terraloom.train.familiar import fit_applicability
 from terraloom.train.held_out import HeldOut, predict_held_out
 from terraloom.train.run import CHIPS, MODEL, member_files, task_specs
 from terraloom.train.windows import modalities_of, units_of
@@ -110,6 +111,8 @@ def calibrate(campaign: Campaign) -> None:
     write_json(MODEL / "calibration.json", {"tasks": {task.name: fitted}})
     if campaign.uncertainty.sets:
         write_json(MODEL / "conformal.json", sets)
+    if campaign.uncertainty.applicability:
+        fit_applicability(campaign)
     covariances = residual_covariances(campaign, chips, legend, cover, seen, held)
     write_json(MODEL / "covariance.json", covariances)
     write_review(MODEL / "suspects.gpkg", review, labels, legend.names)

@@ -183,6 +183,9 @@ def _rows(
     rows = []
     for code, name in zip(legend.codes, legend.names, strict=True):
         row: dict[str, Any] = {"code": code, "name": name, "map_area_ha": round(mapped[code], 4)}
+        if "applicability" in facts:
+            inside = facts["applicability"]["inside_ha"][str(code)]
+            row["map_area_inside_ha"] = round(inside, 4)
         if report is None:
             row["status"] = NOT_AN_ESTIMATE
         else:

@@ -320,10 +320,10 @@ class Uncertainty(Section):
         0.9, ge=0.5, le=0.999,
         description="Probability that the set or the interval holds the truth (0-1).",
     )  # fmt: skip
-    method: Literal["class", "split", "block"] = Field(
-        "class",
-        description="What is covered: `class`: each class by itself, whatever its share in the "
-        "labels; `split`: all labels together; `block`: block by block.",
+    method: Literal["split", "class", "block"] = Field(
+        "split",
+        description="What is covered: `split`: all labels together; `class`: each class by itself, "
+        "whatever its share in the labels; `block`: block by block.",
     )
     blocks: float = Field(
         0.9, gt=0, le=1,
@@ -334,6 +334,13 @@ class Uncertainty(Section):
         "lac",
         description="`lac`: the smallest sets; `aps`: larger sets where classes are hard to tell.",
     )
+    applicability: bool = Field(
+        True, description="Publish how far each pixel is from the training data (yes/no)."
+    )
+    points: int = Field(
+        256, ge=32, le=20_000,
+        description="Training pixels that each pixel is compared with, per fold (count).",
+    )  # fmt: skip
 
 
 class Regions(Section):
@@ -375,7 +382,9 @@ class Campaign(Section):
     chips: Chips = Field(default_factory=Chips, description="Training windows.")
     model: Model = Field(default_factory=Model, description="Networks and training.")
     predict: Predict = Field(default_factory=Predict, description="Prediction.")
-    uncertainty: Uncertainty = Field(default_factory=Uncertainty, description="Sets and intervals.")
+    uncertainty: Uncertainty = Field(
+        default_factory=Uncertainty, description="Sets, intervals, area of applicability."
+    )
     products: Products = Field(default_factory=Products, description="Files of the map.")
     sample: Sample | None = Field(
         None,

@@ -123,8 +123,13 @@ class TaskSpec:
 
     @property
     def channels(self) -> int:
-        """Channels of the prediction: probabilities, mean and variance, or one probability."""
-        return len(self.classes) if self.classed else {"regression": 2, "boundary": 1}[self.kind]
+        """Channels of the prediction: probabilities, mean and variance, or one probability.
+
+        Heads of quantiles add the outer two of them.
+        """
+        if self.classed:
+            return len(self.classes)
+        return {"regression": 4 if self.loss_name == "quantile" else 2, "boundary": 1}[self.kind]
 
     @property
     def raw_channels(self) -> int:
@@ -243,15 +248,16 @@ class QuantileHead(Head):
     """Median and distances to the outer :data:`QUANTILES` in the standardised scale."""
 
     def physical(self, raw: Tensor) -> Tensor:
-        """Median and ((q95 - q05) / 3.29)^2 in the task's unit, (N, 2, h, w).
+        """Median, ((q95 - q05) / 3.29)^2, q05 and q95 in the task's unit, (N, 4, h, w).
 
-        For a Gaussian these are mean and variance. A quantile of a monotonic transform is the
-        transform of the quantile, so ``log1p`` needs no moments.
+        For a Gaussian the first two are mean and variance. A quantile of a monotonic transform is
+        the transform of the quantile, so ``log1p`` needs no moments.
         """
         q = quantiles_of(raw) * self.task.std + self.task.mean
         if self.task.transform == "log1p":
             q = torch.expm1(q.clamp_max(40.0))
-        return torch.stack([q[:, 1], ((q[:, 2] - q[:, 0]) / _SPAN_SD) ** 2], 1)
+        spread = ((q[:, 2] - q[:, 0]) / _SPAN_SD) ** 2
+        return torch.stack([q[:, 1], spread, q[:, 0], q[:, 2]], 1)
 
 
 def make_head(task: TaskSpec, c_in: int) -> Head:

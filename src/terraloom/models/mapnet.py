@@ -7,8 +7,10 @@ and gives predictions at 10 m. Training and prediction use nothing of it but :cl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,7 +23,10 @@ from terraloom.preprocess.groups import group_factor, group_order
 if TYPE_CHECKING:
     from terraloom.models.fusion import FusionSpec, Normalisation
 
-__all__ = ["EPS", "MapNet", "PartSpec"]
+__all__ = ["EPS", "FEATURES", "MapNet", "PartSpec"]
+
+#: Key of the features beside the tasks in a prediction; no task can have this name.
+FEATURES = ".features"
 
 #: Floor of denominators and of local standard deviations.
 EPS = 1e-3
@@ -266,23 +271,49 @@ class MapNet(nn.Module):
         return {k: v[..., :h, :w] for k, v in self.forward_prepared(self.prepare(inputs)).items()}
 
     @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, inputs: Mapping[str, Tensor], *, describe: bool = False) -> dict[str, Tensor]:
         """Physical predictions per task; the network must be in evaluation mode.
 
         Args:
             inputs: See :meth:`prepare`; they are moved to where the network is.
+            describe: Also give the features that the heads make it all of.
 
         Returns:
             On the network's device. Segmentation: class probabilities (N, K, h, w). Regression:
-            mean and variance in the task's unit (N, 2, h, w). Boundary: probability (N, 1, h, w).
+            mean and variance in the task's unit (N, 2, h, w), of heads of quantiles also the
+            outer two. Boundary: probability (N, 1, h, w). :data:`FEATURES`: (N, D, h, w).
         """
         if self.training:
             raise ModelError("the network is in training mode", fix="call .eval() before predict")
         out: dict[str, Tensor] = {}
         device = next(self.parameters()).device
         moved = {g: x.to(device, non_blocking=True) for g, x in inputs.items()}
-        for name, raw in self(moved).items():
+        with self._watched(describe) as seen:
+            raws = self(moved)
+        for name, raw in raws.items():
             head: Any = self.heads[name]
             if isinstance(head, Head):
                 out[name] = head.physical(raw.float())  # of bf16 they would not sum to 1
+        for features in seen:
+            _, h, w = self._size(inputs)
+            out[FEATURES] = features[..., :h, :w].float()
         return out
+
+    @contextmanager
+    def _watched(self, watch: bool) -> Iterator[list[Tensor]]:
+        """What the first head is given in this thread; others may predict at the same time."""
+        seen: list[Tensor] = []
+        if not watch:
+            yield seen
+            return
+        me = get_ident()
+
+        def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if get_ident() == me:
+                seen.append(given[0])
+
+        hook = next(iter(self.heads.values())).register_forward_pre_hook(note)
+        try:
+            yield seen
+        finally:
+            hook.remove()

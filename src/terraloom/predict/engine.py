@@ -159,7 +159,8 @@ def predict_tiles(
     how, speed = campaign.predict, Speed()
     windows = cut(tiles, grid.tile_px, fitting_window_px(campaign, ensemble), ensemble.stride_px)
     wanted = [(w, held) for w, held in windows if any(t.name in todo for t in held)]
-    layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits)
+    layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits,
+                    ensemble.trust)  # fmt: skip
     batches = list(in_batches(wanted, how.batch))
     halo, stride = ensemble.halo_px, ensemble.stride_px
     done, last = 0, time.monotonic()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.log import get_logger
 from terraloom.models.devices import be_exact, choose_device
-from terraloom.models.mapnet import MapNet
+from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import load_member, ready
 from terraloom.predict.dropout import drop_channels, dropout_pass
+from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
+from terraloom.uncertainty.applicability import CELL_PX
 
 __all__ = ["MODEL", "Ensemble", "folded", "member_files", "set_up_torch"]
 
@@ -85,10 +87,12 @@ class Ensemble:
     Attributes:
         members: Networks in evaluation mode, on :attr:`device`.
         calibrations: Per segmentation task, found on held-out folds.
-        digest: Digest of weights and calibration.
+        digest: Digest of weights, calibration and trust.
         device: Where the networks run.
         bf16: Whether they run in bfloat16.
         passes: Passes with dropout per member (count); 0: one pass without.
+        trust: Sets, intervals and applicability.
+        described: Positions of the members whose features :attr:`trust` needs.
     """
 
     members: tuple[MapNet, ...]
@@ -97,6 +101,8 @@ class Ensemble:
     device: torch.device = _CPU
     bf16: bool = False
     passes: int = 0
+    trust: Trust = field(default_factory=Trust)
+    described: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, folder: Path = MODEL, campaign: Campaign | None = None) -> Ensemble:
@@ -104,7 +110,8 @@ class Ensemble:
 
         Args:
             folder: The model's.
-            campaign: Says how to predict, and sets torch up for it; without it as
+            campaign: Says how to predict, and sets torch up for it; and which layers of trust are
+                wanted; without it as
                 :class:`Ensemble` does by default.
 
         Raises:
@@ -132,7 +139,15 @@ class Ensemble:
         members = tuple(m.to(device) for m in members)
         if how.precision == "bf16":
             log.warning("bf16: a few per cent of the pixels get another class than with fp32")
-        return cls(members, found, digest, device, how.precision == "bf16", how.dropout_passes)
+        trust = Trust.load(campaign, folder)
+        names = [f.relative_to(folder).with_suffix("").as_posix() for f in files]
+        if set(trust.networks) - set(names):
+            raise ModelError(f"applicability of {', '.join(trust.networks)}", where=str(folder),
+                             allowed=", ".join(names), fix="run target `model` again")  # fmt: skip
+        return cls(
+            members, found, digest_json([digest, trust.digest]), device, how.precision == "bf16",
+            how.dropout_passes, trust, tuple(names.index(n) for n in trust.networks),
+        )  # fmt: skip
 
     def on(self, device: str) -> Ensemble:
         """The same ensemble on another kind of device; this one stays where it is."""
@@ -144,7 +159,8 @@ class Ensemble:
     @property
     def stride_px(self) -> int:
         """Corners of the windows to predict are multiples of this, in pixels of the grid."""
-        return math.lcm(*(m.stride_px for m in self.members))
+        cell = CELL_PX if self.described else 1
+        return math.lcm(cell, *(m.stride_px for m in self.members))
 
     @property
     def halo_px(self) -> int:
@@ -157,6 +173,7 @@ class Ensemble:
         net = self.members[0]
         taken = sum(at.stop - at.start for _, at in net.feature_slices().values())
         given = sum(t.channels for t in net.spec.tasks)
+        given += net.spec.widths[0] if self.described else 0
         return float(taken + given * len(self.members) * max(self.passes, 1))
 
     def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
@@ -167,24 +184,28 @@ class Ensemble:
 
         Returns:
             Per task (M, N, c, h, w); see :meth:`MapNet.predict`. With dropout M counts the passes
-            of all members.
+            of all members. Where applicability is wanted also :data:`FEATURES`, (F, N, D, h, w) of
+            the first pass of the members :attr:`described`.
         """
         tensors = {g: torch.from_numpy(x).to(self.device) for g, x in inputs.items()}
         out: dict[str, F32] = {}
-        total = len(self.members) * max(self.passes, 1)
+        total, described = len(self.members) * max(self.passes, 1), 0
         for n, found in enumerate(self._each(tensors)):
             for name, values in found.items():
-                if n == 0:
-                    out[name] = np.empty((total, *values.shape), np.float32)
-                out[name][n] = values.float().cpu().numpy()
+                size, at = (total, n) if name != FEATURES else (len(self.described), described)
+                if name not in out:
+                    out[name] = np.empty((size, *values.shape), np.float32)
+                out[name][at] = values.float().cpu().numpy()
+            described += FEATURES in found
         return out
 
     def _each(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """Predictions of each member, of each pass."""
         fast: Any = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         numbers: list[int | None] = list(range(self.passes)) or [None]
-        for member in self.members:
+        for i, member in enumerate(self.members):
             for number in numbers:
+                describe = i in self.described and number in (None, 0)
                 with fast, dropout_pass(number):
-                    found = member.predict(tensors)
+                    found = member.predict(tensors, describe=describe)
                 yield found

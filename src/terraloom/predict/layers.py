@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ import numpy.typing as npt
 from terraloom.config.base import TaskKind
 from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
-from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode
+from terraloom.models.mapnet import FEATURES
+from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode, encode_sets
 from terraloom.predict.sharpen import calibrated_parts
+from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
+from terraloom.uncertainty.conformal import ClassSets, Interval
 from terraloom.uncertainty.decompose import (
     decompose_regression,
     encode_entropy,
@@ -24,7 +27,10 @@ __all__ = ["REGRESSION_NODATA", "Layers"]
 
 REGRESSION_NODATA = -9999.0
 #: Names of the dimension before rows and columns.
-_FIRST = {"probabilities": "class", "uncertainty": "kind"}
+_FIRST = {
+    "probabilities": "class", "uncertainty": "kind", "conformal_set": "set",
+    "applicability": "domain",
+}  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
 Valid = npt.NDArray[np.bool_]
@@ -38,33 +44,40 @@ class Layers:
         tasks: Tasks of the campaign.
         calibrations: Per segmentation task.
         probability_bits: Of stored probabilities, 8 or 16.
+        trust: Sets, intervals and applicability.
     """
 
     tasks: Sequence[Task]
     calibrations: Mapping[str, Calibration]
     probability_bits: int = 8
+    trust: Trust = field(default_factory=Trust)
 
     def encode(self, values: Mapping[str, F32], valid: Valid) -> dict[str, npt.NDArray[Any]]:
         """Layers of a window, encoded as in the products.
 
         Args:
-            values: Members' predictions per task, (M, c, h, w).
+            values: Members' predictions per task, (M, c, h, w), and what applicability needs.
             valid: (h, w); other pixels get no prediction.
 
         Returns:
             (h, w) or (n, h, w) per layer: ``class_index`` (255 = none), ``probabilities``,
-            ``uncertainty``, and one of the name of each further task.
+            ``uncertainty``, and one of the name of each further task; what :attr:`trust` knows:
+            ``conformal_set``, ``applicability``, bounds of values.
         """
         out: dict[str, npt.NDArray[Any]] = {}
         code = PROBABILITY_CODES[self.probability_bits]
         for task in self.tasks:
             members = values[task.name]
             if task.kind is TaskKind.SEGMENTATION:
-                out.update(_classes(members, self.calibrations[task.name], code, valid))
+                sets = self.trust.sets.get(task.name)
+                out.update(_classes(members, self.calibrations[task.name], code, valid, sets))
             elif task.kind is TaskKind.REGRESSION:
-                out[task.name] = _regression(members, valid, task.range)
+                span = self.trust.intervals.get(task.name)
+                out[task.name] = _regression(members, valid, task.range, span)
             else:
                 out[task.name] = code.encode(members.mean(axis=0)[0], valid)
+        if FEATURES in values:
+            out["applicability"] = self.trust.judge(values[FEATURES], valid)
         return out
 
     @staticmethod
@@ -74,7 +87,11 @@ class Layers:
 
 
 def _classes(
-    members: F32, calibration: Calibration, code: ProbabilityCode, valid: Valid
+    members: F32,
+    calibration: Calibration,
+    code: ProbabilityCode,
+    valid: Valid,
+    sets: ClassSets | None,
 ) -> dict[str, npt.NDArray[Any]]:
     parts = calibrated_parts(members, calibration)
     k = members.shape[1]
@@ -82,16 +99,26 @@ def _classes(
     index[~valid] = IGNORE_INDEX
     entropies = [encode_entropy(e, k, valid) for e in
                  (parts.total, parts.aleatoric, parts.epistemic)]  # fmt: skip
-    return {
+    out = {
         "class_index": index,
         "probabilities": np.stack([code.encode(p, valid) for p in parts.mean]),
         "uncertainty": np.stack(entropies),
     }
+    if sets is not None:
+        out["conformal_set"] = encode_sets(sets.contains(parts.mean), valid)
+    return out
 
 
-def _regression(members: F32, valid: Valid, allowed: tuple[float, float] | None) -> F32:
+def _regression(
+    members: F32, valid: Valid, allowed: tuple[float, float] | None, span: Interval | None
+) -> F32:
     parts = decompose_regression(members[:, 0], members[:, 1])
     mean = parts.mean if allowed is None else np.clip(parts.mean, *allowed)
-    out = np.stack([mean, parts.aleatoric_sd, parts.epistemic_sd]).astype(np.float32)
+    layers = [mean, parts.aleatoric_sd, parts.epistemic_sd]
+    if span is not None:
+        ends = members[:, 2:].mean(axis=0) if span.kind == "quantile" else (parts.mean, parts.sd)
+        bounds = span.bounds(*ends)
+        layers += list(bounds if allowed is None else np.clip(bounds, *allowed))
+    out = np.stack(layers).astype(np.float32)
     out[:, ~valid] = REGRESSION_NODATA
     return out

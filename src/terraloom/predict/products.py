@@ -31,6 +31,7 @@ from terraloom.predict.sieve import least_pixels, sieved_windows
 from terraloom.predict.specs import Spec, product_specs
 from terraloom.predict.tiled import tile_products, tile_records
 from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
+from terraloom.predict.trust import TrustFacts
 from terraloom.preprocess.reasons import Reason
 
 __all__ = ["MAP", "mosaic_products"]
@@ -170,6 +171,7 @@ def _facts(
     total = valid = 0
     codes = np.array([NODATA_CODE, *legend.codes])
     cover = TileCover()
+    trust = TrustFacts(legend.codes)
     for tile in grid.tiles():
         store = read_store(TILES / f"{tile.name}.zip")
         index = store["class_index"].to_numpy()
@@ -180,6 +182,7 @@ def _facts(
         bits = store["reasons"].to_numpy()
         for reason in Reason:
             reasons[reason] += int(((bits & reason) > 0).sum())
+        trust.add(tile.name, store, row_area)
         total += bits.size
         valid += int((index != IGNORE_INDEX).sum())
     write_text(MAP / "tiles.csv", cover.csv())
@@ -192,6 +195,7 @@ def _facts(
         "valid_pct": 100 * valid / total,
         "reason_pct": {r.name.lower(): 100 * n / total for r, n in reasons.items() if r.name},
         "image": picture.record(),
+        **trust.record(),
         "image_period": campaign.cube.periods[-1].name,
         "legend": [
             {

@@ -13,7 +13,14 @@ from terraloom.config.campaign import Campaign
 from terraloom.config.labels import Task
 from terraloom.legend import NODATA_CODE, Legend
 from terraloom.plan import product_names
-from terraloom.predict.encoding import PROBABILITY_CODES
+from terraloom.predict.encoding import (
+    APPLICABILITY_NODATA,
+    APPLICABILITY_SCALES,
+    MOST_IN_MASK,
+    PROBABILITY_CODES,
+    SET_NODATA,
+    set_dtype,
+)
 from terraloom.predict.layers import REGRESSION_NODATA
 from terraloom.preprocess.reasons import Reason
 from terraloom.uncertainty.decompose import ENTROPY_NODATA, ENTROPY_STEPS
@@ -72,11 +79,20 @@ class Spec:
 def product_specs(campaign: Campaign, legend: Legend) -> dict[str, Spec]:
     """All products of a campaign by name, in order."""
     tasks = {t.name: t for t in campaign.tasks}
-    bits = campaign.products.probability_bits
-    return {n: _spec(n, tasks.get(n), legend, bits) for n in product_names(campaign)}
+    bits, bounds = campaign.products.probability_bits, campaign.uncertainty.sets
+    return {n: _spec(n, tasks.get(n), legend, bits, bounds) for n in product_names(campaign)}
 
 
-def _spec(name: str, task: Task | None, legend: Legend, bits: int) -> Spec:
+def _trust(name: str, n_classes: int) -> Spec:
+    if name == "applicability":
+        bands = ("dissimilarity", "density", "inside")
+        return Spec(name, "uint16", APPLICABILITY_NODATA, bands, APPLICABILITY_SCALES,
+                    overviews="nearest")  # fmt: skip
+    members = ("classes",) if n_classes <= MOST_IN_MASK else ()
+    return Spec(name, set_dtype(n_classes), SET_NODATA, ("size", *members), overviews="nearest")
+
+
+def _spec(name: str, task: Task | None, legend: Legend, bits: int, bounds: bool) -> Spec:
     code = PROBABILITY_CODES[bits]
     if name in ("class_map", "class_map_mmu"):
         return Spec(
@@ -91,12 +107,14 @@ def _spec(name: str, task: Task | None, legend: Legend, bits: int) -> Spec:
         kinds = ("total", "aleatoric", "epistemic")
         most = float(np.log(len(legend)))
         return Spec(name, "uint8", ENTROPY_NODATA, kinds, (step,) * 3, "nat", largest=most)
+    if name in ("conformal_set", "applicability"):
+        return _trust(name, len(legend))
     if name == "reasons":
         return Spec(name, "uint8", None, ("reasons",), overviews="nearest")
     if name == "image":
         return Spec(name, "uint8", 0, ("red", "green", "blue"))
     if task is not None and task.kind is TaskKind.REGRESSION:
-        parts = ("mean", "sd_aleatoric", "sd_epistemic")
+        parts = ("mean", "sd_aleatoric", "sd_epistemic", "lower", "upper")[: 5 if bounds else 3]
         return Spec(name, "float32", REGRESSION_NODATA, parts, units=task.unit or None)
     named = ("boundary probability",)
     return Spec(name, code.dtype, code.nodata, named, (1 / code.steps,), largest=1.0)

@@ -30,7 +30,15 @@ from terraloom.errors import StateError
 from terraloom.grid import geobox_from_record
 from terraloom.io import read_json, sha256, write_text
 from terraloom.origin import TAG, map_tags
-from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode
+from terraloom.predict.encoding import (
+    APPLICABILITY_NODATA,
+    APPLICABILITY_SCALES,
+    MOST_IN_MASK,
+    PROBABILITY_CODES,
+    SET_NODATA,
+    ProbabilityCode,
+    set_dtype,
+)
 from terraloom.preprocess.reasons import INVALID, Reason, describe
 from terraloom.report import provenance
 
@@ -254,6 +262,15 @@ def _description(
             for n in names
         ]
         return "Uncertainty", ["data", "uncertainty"], _bands(bands)
+    if stem == "conformal_set":
+        return _set(len(legend))
+    if stem == "applicability":
+        bands = [
+            _band(n, "uint16", APPLICABILITY_NODATA, scale=s)
+            for n, s in zip(("dissimilarity", "density", "inside"), APPLICABILITY_SCALES,
+                            strict=True)
+        ]  # fmt: skip
+        return "Area of applicability", ["data", "uncertainty"], _bands(bands)
     if stem == "reasons":
         fields = _bands([_band("reasons", "uint8", None)])
         fields["classification:bitfields"] = _bitfields()
@@ -261,7 +278,9 @@ def _description(
     if stem == "image":
         return _image(record.get("image") or {})
     task = next((t for t in campaign.tasks if t.name == stem), None)
-    return _task(task, code) if task else (stem.replace("_", " ").capitalize(), ["data"], {})
+    if task is None:
+        return stem.replace("_", " ").capitalize(), ["data"], {}
+    return _task(task, code, campaign.uncertainty.sets)
 
 
 def _image(image: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
@@ -278,10 +297,16 @@ def _image(image: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     return f"{title} of the last period", ["visual", "overview"], _bands(bands)
 
 
-def _task(task: Task, code: ProbabilityCode) -> tuple[str, list[str], dict[str, Any]]:
+def _set(n_classes: int) -> tuple[str, list[str], dict[str, Any]]:
+    names = ["size", "classes"] if n_classes <= MOST_IN_MASK else ["size"]
+    bands = [_band(n, set_dtype(n_classes), SET_NODATA) for n in names]
+    return "Classes that stay possible", ["data", "uncertainty"], _bands(bands)
+
+
+def _task(task: Task, code: ProbabilityCode, bounds: bool) -> tuple[str, list[str], dict[str, Any]]:
     title = task.name.replace("_", " ").replace("-", " ").capitalize()
     if task.kind is TaskKind.REGRESSION:
-        names = ["mean", "sd_aleatoric", "sd_epistemic"]
+        names = ["mean", "sd_aleatoric", "sd_epistemic", *(["lower", "upper"] if bounds else [])]
         bands = [_band(n, "float32", -9999, unit=task.unit) for n in names]
         return title, ["data", "uncertainty"], _bands(bands)
     text = "probability of a boundary"

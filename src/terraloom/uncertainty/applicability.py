@@ -38,7 +38,7 @@ F64 = npt.NDArray[np.float64]
 CELL_PX = 2
 #: Dimensions that are kept of wide features (count).
 MOST_DIMS = 16
-#: Pixels compared at once: with 512 points the block of a megabyte stays in cache.
+#: Pixels compared at once: with some hundred points the block, under a megabyte, stays in cache.
 _ROWS = 512
 
 
