@@ -69,7 +69,7 @@ test-gpu: $(READY)
 # Optional packages with large files: cloud masks by trained models.
 test-extras: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r envs/requirements-extras.lock 2> >(grep -v WARNING >&2)
-	pytest tests/unit/test_masks.py tests/unit/test_masking.py
+	pytest tests/unit/test_masks.py tests/unit/test_masking.py tests/unit/test_export.py
 
 # Pages in a real browser: Debian packages chromium and chromium-driver. Without them `make test`
 # leaves these tests out.

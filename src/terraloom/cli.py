@@ -32,6 +32,7 @@ app.add_typer(state_app, name="state")
 
 CampaignFile = Annotated[Path, typer.Option("--campaign", help="Campaign file.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder or file to write.")]
+Batch = Annotated[str, typer.Option(help="Job of tiles, such as b0000.")]
 Stamp = Annotated[str, typer.Option(help="What the workflow knows the job by.")]
 RUN_CAMPAIGN = Path("work/campaign.yaml")
 PEOPLE, SCENES, LABELS, MODEL, MAP = "For people", "Scenes", "Chips", "Model", "Map"
@@ -262,11 +263,7 @@ def audit_scenes(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 
 
 @app.command(rich_help_panel=SCENES)
-def build_cube(
-    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
-    campaign: CampaignFile = RUN_CAMPAIGN,
-    stamp: Stamp = "",
-) -> None:
+def build_cube(batch: Batch, campaign: CampaignFile = RUN_CAMPAIGN, stamp: Stamp = "") -> None:
     """Build the cubes of the tiles of one job."""
     from terraloom.preprocess.build import build_batch
 
@@ -333,11 +330,16 @@ def calibrate(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     run(_load(campaign))
 
 
+@app.command(rich_help_panel=MODEL)
+def export_model(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
+    """Export the networks to ONNX and show that these predict the same."""
+    from terraloom.predict.export import export_model as run
+
+    typer.echo(run(_load(campaign)))
+
+
 @app.command(rich_help_panel=MAP)
-def predict_tiles(
-    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
-    campaign: CampaignFile = RUN_CAMPAIGN,
-) -> None:
+def predict_tiles(batch: Batch, campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Predict the tiles of one job with all members."""
     _large_pages()
     from terraloom.predict.engine import predict_batch
@@ -356,10 +358,7 @@ def mosaic_products(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 
 
 @app.command(rich_help_panel=MAP)
-def write_tiles(
-    batch: Annotated[str, typer.Option(help="Job of tiles, such as b0000.")],
-    campaign: CampaignFile = RUN_CAMPAIGN,
-) -> None:
+def write_tiles(batch: Batch, campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Write the products of the tiles of one job, one raster per product and tile."""
     from terraloom.predict.tiled import write_tiles as run
 

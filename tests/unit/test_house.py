@@ -225,7 +225,7 @@ def lock() -> dict[str, str]:
 
 
 #: Extras with large files; envs/requirements-extras.lock has the pins of what installs offline.
-LARGE = ("csmask", "omnicloudmask", "backbones")
+LARGE = ("csmask", "omnicloudmask", "backbones", "onnx")
 
 
 def requirements() -> list[str]:

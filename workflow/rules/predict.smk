@@ -1,9 +1,37 @@
 # All members over all tiles, then one raster per product.
+AGREEMENT = "results/model/onnx/agreement.json"
+
+
+rule export_model:
+    input:
+        CARDS,
+        calibration="results/model/calibration.json",
+        chips="results/chips/chips.zip",
+    output:
+        AGREEMENT,
+    log:
+        "logs/export_model.log",
+    benchmark:
+        "benchmarks/export_model.tsv"
+    threads: CAMPAIGN.predict.threads
+    resources:
+        mem_mb=mem_mb(3000),
+        runtime=minutes(60),
+    params:
+        config=keys("predict.runtime"),
+        code=code_digest("predict.export"),
+    message:
+        "Export the networks to ONNX and compare"
+    shell:
+        "terraloom export-model --campaign work/campaign.yaml > {log} 2>&1"
+
+
 rule predict_tiles:
     input:
         calibration="results/model/calibration.json",
         cards=CARDS,
         trust=PLAN.trust_files,
+        onnx=AGREEMENT if CAMPAIGN.predict.runtime != "torch" else [],
         cubes=lambda wildcards: expand(
             "work/cube/{batch}.json", batch=PLAN.around(wildcards.batch)
         ),

@@ -306,6 +306,22 @@ class Predict(Section):
         description="Passes with dropout, which count as members of the ensemble: a finer measure "
         "of what the networks do not know, at that many times the time (count); 0: none.",
     )  # fmt: skip
+    runtime: Literal["torch", "onnx"] = Field(
+        "torch",
+        description="What runs the networks: `torch`, or `onnx`: ONNX Runtime on the processor, "
+        "after `export-model` has shown that it predicts the same.",
+    )
+
+    @model_validator(mode="after")
+    def _runs(self) -> Predict:
+        if self.runtime != "torch" and (
+            self.device == "cuda" or self.precision != "fp32" or self.dropout_passes
+        ):
+            raise ValueError(
+                f"runtime {self.runtime} predicts on the processor, in fp32 and without dropout: "
+                "leave out device cuda, precision bf16 and dropout_passes, or set runtime to torch"
+            )
+        return self
 
 
 class Uncertainty(Section):

@@ -123,10 +123,11 @@ def predict_batch(campaign: Campaign, grid: CampaignGrid, batch: str) -> None:
     speed = predict_tiles(campaign, grid, batch, tiles, todo, digests, ensemble, reader)
     rates = speed.record()
     if todo:
+        how = f"{campaign.predict.runtime} on {ensemble.device}"
         log.info(
-            "%s: %.3f Mpx/s, %.1f ha/s with %d members on %s; %.3f Mpx/s computed, %.0f %% of the "
+            "%s: %.3f Mpx/s, %.1f ha/s with %d members in %s; %.3f Mpx/s computed, %.0f %% of the "
             "time in the networks", batch, rates["mpx_per_s"], rates["ha_per_s"],
-            len(ensemble.members), ensemble.device, rates["computed_mpx_per_s"],
+            len(ensemble.members), how, rates["computed_mpx_per_s"],
             100 * rates["network_share"],
         )  # fmt: skip
     elif manifest.exists():
@@ -225,8 +226,8 @@ def _digests(
     names = {(t.column, t.row): t.name for t in grid.tiles()}
     tasks = [t.model_dump(mode="json") for t in campaign.tasks]
     how = campaign.predict
-    means = [how.precision, how.views, how.dropout_passes, how.dropout_passes and campaign.seed,
-             campaign.products.probability_bits]  # fmt: skip
+    means = [how.runtime, how.precision, how.views, how.dropout_passes,
+             how.dropout_passes and campaign.seed, campaign.products.probability_bits]  # fmt: skip
     found = {}
     for tile in tiles:
         around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))

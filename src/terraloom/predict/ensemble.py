@@ -25,6 +25,7 @@ from terraloom.models.devices import be_exact, choose_device
 from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import load_member, ready
 from terraloom.predict.dropout import drop_channels, dropout_pass
+from terraloom.predict.onnx_runtime import OnnxMember, digest_of, onnx_members, require_agreement
 from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.applicability import CELL_PX
@@ -85,7 +86,7 @@ class Ensemble:
     """All members and their calibration.
 
     Attributes:
-        members: Networks in evaluation mode, on :attr:`device`.
+        members: Networks in evaluation mode, on :attr:`device`, or in ONNX Runtime.
         calibrations: Per segmentation task, found on held-out folds.
         digest: Digest of weights, calibration and trust.
         device: Where the networks run.
@@ -95,7 +96,7 @@ class Ensemble:
         described: Positions of the members whose features :attr:`trust` needs.
     """
 
-    members: tuple[MapNet, ...]
+    members: tuple[MapNet | OnnxMember, ...]
     calibrations: Mapping[str, Calibration]
     digest: str
     device: torch.device = _CPU
@@ -117,26 +118,33 @@ class Ensemble:
         Raises:
             ModelError: No member is there, members differ in channels, or a task has no
                 calibration. The device is not there, or dropout is wanted of networks without.
+            StateError: Networks in ONNX Runtime are wanted that were not exported and compared.
         """
         files = member_files(folder)
-        members = tuple(folded(load_member(f)[0]) for f in files)
-        if len({str(m.spec.channels) for m in members}) > 1:
+        nets = tuple(folded(load_member(f)[0]) for f in files)
+        if len({str(m.spec.channels) for m in nets}) > 1:
             raise ModelError("members of different kinds", where=str(folder), fix="train again")
         record = read_json(folder / "calibration.json")
         digest = digest_json([record, [sha256(f) for f in files]])
         found = {k: Calibration.from_record(v) for k, v in record.get("tasks", {}).items()}
-        maps = {t.name for t in members[0].spec.tasks if t.kind == "segmentation"}
+        maps = {t.name for t in nets[0].spec.tasks if t.kind == "segmentation"}
         if maps - set(found):
             raise ModelError(f"no calibration of {', '.join(sorted(maps - set(found)))}",
                              where=str(folder), fix="run target `model` again")  # fmt: skip
         if campaign is None:
-            return cls(members, found, digest)
+            return cls(nets, found, digest)
         how = campaign.predict
-        device = choose_device(how.device, "predict.device")
+        onnx = how.runtime != "torch"
+        device = _CPU if onnx else choose_device(how.device, "predict.device")
         set_up_torch(how.threads, device)
         if how.dropout_passes:
-            members = tuple(drop_channels(m, campaign.seed, i) for i, m in enumerate(members))
-        members = tuple(m.to(device) for m in members)
+            nets = tuple(drop_channels(m, campaign.seed, i) for i, m in enumerate(nets))
+        nets = tuple(m.to(device) for m in nets)
+        members: tuple[MapNet | OnnxMember, ...] = nets
+        if onnx:
+            require_agreement(folder, files, how.runtime)
+            members = onnx_members(files, nets, how.runtime, how.threads)
+            digest = digest_json([digest, digest_of(files, how.runtime)])
         if how.precision == "bf16":
             log.warning("bf16: a few per cent of the pixels get another class than with fp32")
         trust = Trust.load(campaign, folder)
@@ -153,7 +161,7 @@ class Ensemble:
         """The same ensemble on another kind of device; this one stays where it is."""
         if device == self.device.type:
             return self
-        members = tuple(deepcopy(m).to(device) for m in self.members)
+        members = tuple(deepcopy(m).to(device) for m in self.members if isinstance(m, MapNet))
         return replace(self, members=members, device=torch.device(device))
 
     @property

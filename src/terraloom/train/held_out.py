@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +13,30 @@ import xarray as xr
 from torch import Tensor
 
 from terraloom.errors import ModelError
+from terraloom.models.fusion import FusionSpec
 from terraloom.models.heads import TaskSpec, scene_of
 from terraloom.models.losses import IGNORE
 from terraloom.models.mapnet import MapNet
 from terraloom.train.pack import Positions, blocks_of
 from terraloom.train.windows import inputs_of, labels_of
 
-__all__ = ["HeldOut", "Validator", "predict_held_out"]
+__all__ = ["HeldOut", "Predictor", "Validator", "predict_held_out"]
 
 #: Held-out pixels of a fold and task that are predicted (count); of more a random part.
 MOST_PIXELS = 1_000_000
 #: Chips that early stopping looks at (count).
 _VALIDATION_CHIPS = 256
+
+
+class Predictor(Protocol):
+    """What predicts as :class:`MapNet` does, whatever runs it."""
+
+    @property
+    def spec(self) -> FusionSpec:
+        """What it takes and predicts."""
+
+    def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`MapNet.predict`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ def _has(y: Tensor) -> Tensor:
 
 def predict_held_out(
     chips: xr.Dataset,
-    members: Sequence[MapNet],
+    members: Sequence[Predictor],
     held_out_fold: int,
     *,
     batch: int = 4,
