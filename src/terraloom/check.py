@@ -107,6 +107,12 @@ def _check_simulation(campaign: Campaign, plan: Plan) -> None:
         )  # fmt: skip
 
 
+def _model_jobs(campaign: Campaign) -> int:
+    folds, model = campaign.folds.count, campaign.model
+    search = folds * int(model.search is not None)
+    return folds * model.members + search + 1 + int(model.baseline)
+
+
 def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
     batches, parts = len(plan.batch_names), len(plan.part_names)
     building = campaign.milestones
@@ -116,11 +122,11 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
         "scenes": (4 + parts * len(plan.period_names)) if building.scenes == "build" else 0,
         "cube": batches,
         "chips": 2 if building.chips == "build" else 0,
-        "model": campaign.folds.count * campaign.model.members + 1 + int(campaign.model.baseline)
-        if building.model == "build" else 0,
+        "model": _model_jobs(campaign) if building.model == "build" else 0,
         "map": batches * (2 if campaign.products.layout == "tiles" else 1) + 2
         + 2 * int(campaign.sample is not None) + int(simulated)
-        + int(campaign.products.vector),
+        + int(campaign.products.vector) + int(campaign.regions is not None)
+        + int(campaign.predict.runtime == "onnx"),
         "report": 2,
     }  # fmt: skip
     h, w = plan.grid.geobox.shape
