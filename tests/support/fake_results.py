@@ -253,11 +253,14 @@ def _rasters(folder: Path, geobox: GeoBox, rng: np.random.Generator) -> F64:
     edges = np.hypot(*np.gradient(gaussian_filter(prob.argmax(0).astype(float), 1)))
     edge = np.where(invalid, 255, 200 * np.clip(edges, 0, 1)).astype(np.uint8)
     write_raster(folder / "field-edges.tif", edge, geobox, nodata=255, scales=[1 / 200])
-    height = np.stack([28 * prob[0] + 3, 2 + 3 * prob[1], 1 + 2 * total]).astype(np.float32)
+    mean, aleatoric, epistemic = 28 * prob[0] + 3, 2 + 3 * prob[1], 1 + 2 * total
+    spread = 1.6 * np.hypot(aleatoric, epistemic)
+    height = np.stack([mean, aleatoric, epistemic, mean - spread, mean + spread])
+    height = height.astype(np.float32)
     height[:, invalid] = -9999
     write_raster(
         folder / "canopy-height.tif", height, geobox, nodata=-9999,
-        band_names=["mean", "sd_aleatoric", "sd_epistemic"],
+        band_names=["mean", "sd_aleatoric", "sd_epistemic", "lower", "upper"],
     )  # fmt: skip
     write_raster(folder / "reasons.tif", reasons, geobox)
     tint = np.array([[38, 62, 40], [150, 128, 84], [104, 128, 70], [170, 160, 152], [30, 52, 70]])

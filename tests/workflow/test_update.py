@@ -113,6 +113,7 @@ def test_only_touched_tiles_and_periods_run_again(built: tuple[Path, str]) -> No
     assert {n for n in tiles if now[n] != tiles[n]} == {"x000y000.zip", "x000y001.zip"}
 
 
+@pytest.mark.slow
 def test_a_frozen_model_predicts_the_changed_tiles_and_their_neighbours(tmp_path: Path) -> None:
     """Counted on stand-ins of all files, with a lock of two scenes."""
     grid = "grid={crs: 'EPSG:32633', tile_px: 96, tiles_per_job: 1}"
