@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,12 +27,7 @@ CHIPS = make_chips(3)
 GRID = geobox_record(GeoBox((288, 96), Affine(10, 0, 0, 0, -10, 0), "EPSG:32633"))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(checkpoint: Checkpoint | None = None, seed: int = 7) -> FitResult:

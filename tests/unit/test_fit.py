@@ -33,12 +33,7 @@ TASKS = (COVER, HEIGHT, EDGE)
 FAST = FitSettings(width=6, depth=3, epochs=1, batch=4, crop_px=48)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_chips(n: int = 4, size: int = 96, seed: int = 0) -> xr.Dataset:

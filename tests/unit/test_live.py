@@ -6,12 +6,10 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from test_checkpoint import Killed, kill_after
 from test_fit import FAST, TASKS, make_chips
 
@@ -22,12 +20,7 @@ from terraloom.train.live import Live, epoch_table
 CHIPS = make_chips(2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fit(live: Live, **more: object) -> FitResult:

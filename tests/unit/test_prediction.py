@@ -21,12 +21,12 @@ from terraloom.io import read_json, write_text
 from terraloom.models.registry import load_member
 from terraloom.predict import certify as certificates
 from terraloom.predict import tilewriter
+from terraloom.predict.calibration import calibrated_parts
 from terraloom.predict.certify import certify
 from terraloom.predict.dropout import _ChannelMask, dropout_pass
 from terraloom.predict.engine import predict_batch
 from terraloom.predict.ensemble import Ensemble, folded
 from terraloom.predict.reader import CubeReader
-from terraloom.predict.sharpen import calibrated_parts
 from terraloom.predict.views import predict_views
 from terraloom.train.ensemble import Calibration, calibrated
 from terraloom.uncertainty.decompose import decompose_entropy

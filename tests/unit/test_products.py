@@ -29,7 +29,7 @@ from terraloom.io import read_json, sha256, write_store
 from terraloom.plan import product_path
 from terraloom.predict.polygons import polygonise_map
 from terraloom.predict.products import MAP, mosaic_products
-from terraloom.predict.tiled import write_tiles
+from terraloom.predict.tile_products import write_tiles
 from terraloom.preprocess.groups import group_factor
 
 GEOBOX = GeoBox((96, 144), Affine(10, 0, 399840, 0, -10, 5800320), "EPSG:32633")

@@ -23,7 +23,7 @@ from terraloom.errors import AoiError, ConfigError, ModelError, StateError
 from terraloom.io import geobox_of, read_json, write_json, write_raster
 from terraloom.uncertainty import regions as module
 from terraloom.uncertainty.covariance import ErrorCovariance, total_variance
-from terraloom.uncertainty.covered import Outline
+from terraloom.uncertainty.coverage_fractions import Outline
 from terraloom.uncertainty.regions import Block, sum_regions
 
 GEOBOX = GeoBox((60, 80), Affine(10, 0, 500000, 0, -10, 5000600), "EPSG:32633")

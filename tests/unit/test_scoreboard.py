@@ -14,6 +14,7 @@ from terraloom.assess.scoreboard import (
     SCORE_KEYS,
     areas_inside_ci,
     build_scoreboard,
+    class_boundary_iou,
     height_scores,
     label_noise_scores,
     map_scores,
@@ -80,6 +81,20 @@ def test_map_scores() -> None:
     assert oa == pytest.approx(5 / 6)
     assert miou == pytest.approx((1 / 2 + 3 / 4 + 1) / 3)
     assert all(isnan(v) for v in map_scores(np.zeros(3), np.ones(3), [1]))
+
+
+def test_outlines_moved_by_a_band_overlap_nowhere() -> None:
+    truth = np.ones((40, 40), int)
+    truth[10:30, 10:30] = 2
+    assert class_boundary_iou(truth, truth, [1, 2, 3], pixel_m=10) == 1
+    unseen = np.where(truth == 2, 0, truth)  # where the map has no class nothing is scored
+    assert class_boundary_iou(unseen, truth, [1, 2], pixel_m=10) == 1
+    smaller = np.ones_like(truth)
+    smaller[12:28, 12:28] = 2
+    both = [class_boundary_iou(smaller, truth, [c], pixel_m=10) for c in (1, 2)]
+    assert both[1] == 0, "bands of 20 m, moved by 20 m"
+    assert class_boundary_iou(smaller, truth, [1, 2], pixel_m=10) == pytest.approx(sum(both) / 2)
+    assert isnan(class_boundary_iou(truth * 0, truth, [1], pixel_m=10))
 
 
 def test_height_scores() -> None:

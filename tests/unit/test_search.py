@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 
 from terraloom.errors import FoldError, ModelError
@@ -28,12 +27,7 @@ FAST = FitSettings(width=4, depth=2, epochs=1, batch=4, crop_px=24, device="cpu"
 PLANE = {"x": Range(-5, 10), "y": Range(0, 15)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def branin(values: dict[str, float], step: int = 0) -> float:

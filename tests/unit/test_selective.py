@@ -7,7 +7,7 @@ from math import isnan
 import numpy as np
 import pytest
 
-from terraloom.assess.boundaries import BoundaryScores, boundary_f1, boundary_iou, object_scores
+from terraloom.assess.boundaries import BoundaryScores, boundary_f1, boundary_iou
 from terraloom.assess.selective import risk_coverage, sparsification
 from terraloom.errors import DesignError
 
@@ -85,22 +85,3 @@ def test_boundary_f1_has_its_tolerance_in_metres() -> None:
     none = BoundaryScores.of_counts(*boundary_f1(true & False, true, tolerance_m=9, pixel_m=9), 9)
     assert isnan(none.precision) and none.recall == 0 and none.f1 == 0
     assert isnan(BoundaryScores.of_counts(0, 0, 0, 0, 9).f1)
-
-
-def test_objects_split_joined_and_missed() -> None:
-    true = np.zeros((10, 30), int)
-    true[:, :10], true[:, 10:20], true[:, 20:30] = 1, 2, 3
-    same = object_scores(true * 7, true)
-    assert (same.recall, same.precision, same.over, same.under, same.n) == (1, 1, 0, 0, 3)
-    assert same.location == 0
-    joined = np.where(true == 2, 1, true)
-    found = object_scores(joined, true)
-    assert found.recall == pytest.approx(1 / 3) and found.precision == pytest.approx(1 / 2)
-    assert found.over == 0 and found.under == pytest.approx((0.5 + 0.5 + 0) / 3)
-    split = true.copy()
-    split[:4, :10] = 9
-    found = object_scores(split, true)
-    assert found.recall == 1 and found.over == pytest.approx(0.4 / 3) and found.under == 0
-    assert object_scores(true * 0, true).recall == 0
-    with pytest.raises(DesignError, match="objects of"):
-        object_scores(true[:5], true)

@@ -84,7 +84,7 @@ if CAMPAIGN.products.layout == "tiles":
             runtime=minutes(120),
         params:
             config=PLAN.map_digest,
-            code=code_digest("predict.tiled"),
+            code=code_digest("predict.tile_products"),
         message:
             "Write the products of the tiles of {wildcards.batch}"
         shell:

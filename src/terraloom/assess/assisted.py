@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
@@ -34,8 +35,11 @@ from terraloom.assess.samples import ReferenceSample, Strata
 from terraloom.assess.survey import Survey
 from terraloom.errors import DesignError
 from terraloom.io import geobox_of
+from terraloom.plan import product_path
 
-__all__ = ["Assisted", "MapMeans", "assisted_areas", "difference_means", "map_means"]
+__all__ = [
+    "Assisted", "MapMeans", "assisted_areas", "assisted_block", "difference_means", "map_means",
+]  # fmt: skip
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -221,6 +225,48 @@ def map_means(class_map: Path, probabilities: Path, row: I64, col: I64) -> MapMe
                                       & (col < cols.stop))  # fmt: skip
                 at_units[here] = share[:, row[here] - r, col[here] - c].T
     return MapMeans(at_units, total / domain, counts)
+
+
+def assisted_block(
+    folder: Path,
+    sample: ReferenceSample,
+    points: gpd.GeoDataFrame,
+    strata: Strata,
+    classes: Strata,
+    post_strata: Strata | None,
+    names: Mapping[int, str],
+) -> dict[str, Any]:
+    """Block `assisted` of ``accuracy.json``; with only `why_not` where it cannot be made.
+
+    Args:
+        folder: Where the class map and the probabilities are.
+        sample: The interpreted units, in the order of `points`.
+        points: Units with `row` and `col`.
+        strata: Known stratum sizes.
+        classes: Known sizes of the map classes in the sampled domain.
+        post_strata: As in `estimate_accuracy`.
+        names: Class names by code.
+    """
+    file = product_path("probabilities", folder)
+    if not file.exists():
+        return {"why_not": "the map has no probabilities"}
+    means = map_means(
+        product_path("class_map", folder),
+        file,
+        points["row"].to_numpy(),
+        points["col"].to_numpy(),
+    )
+    if means is None:
+        return {"why_not": "some mapped pixels have no probability"}
+    known = {c: n for c, n in zip(classes.codes, classes.n_pixels, strict=True) if n}
+    if means.n_pixels != known:
+        return {"why_not": "the sampled domain is not the whole map"}
+    if len(names) != means.mean.size:
+        raise DesignError(
+            f"{means.mean.size} bands of probability, {len(names)} classes", where=str(file),
+            allowed="one band per class of the legend",
+        )  # fmt: skip
+    return assisted_record(sample, strata, means, names, post_strata)
 
 
 def assisted_record(

@@ -1,9 +1,8 @@
-"""Scores of outlines and objects, with tolerances in metres.
+"""Scores of outlines, with tolerances in metres.
 
 References:
     Cheng et al. (2021), CVPR: boundary IoU.
     Csurka et al. (2013), BMVC: boundary F1.
-    Persello & Bruzzone (2010), IEEE TGRS 48: over- and under-segmentation.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from scipy import ndimage
 
 from terraloom.errors import DesignError
 
-__all__ = ["BoundaryScores", "ObjectScores", "boundary_f1", "boundary_iou", "object_scores"]
+__all__ = ["BoundaryScores", "boundary_f1", "boundary_iou"]
 
 Mask = NDArray[np.bool_]
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,74 +106,3 @@ def boundary_iou(predicted: Mask, true: Mask, *, width_m: float, pixel_m: float)
     a, b = band(predicted), band(true)
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else nan
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectScores:
-    """Agreement of objects such as fields, over the reference objects.
-
-    Attributes:
-        recall: Share of reference objects with an object of IoU above .5.
-        precision: Share of predicted objects with such a reference object.
-        over: Mean over-segmentation 1 - |S and G| / |G| of the object that overlaps most.
-        under: Mean under-segmentation 1 - |S and G| / |S|.
-        location: Mean distance of the two centres, over the root of the reference area.
-        n: Reference objects.
-    """
-
-    recall: float
-    precision: float
-    over: float
-    under: float
-    location: float
-    n: int
-
-
-def object_scores(predicted: I64, true: I64) -> ObjectScores:
-    """Compare two rasters of object numbers; 0 is no object.
-
-    Args:
-        predicted: (H, W) objects of the map.
-        true: (H, W) objects of the reference.
-    """
-    if predicted.shape != true.shape:
-        raise DesignError(f"objects of {predicted.shape} and {true.shape} px",
-                          allowed="the same shape")  # fmt: skip
-    names_p, p = np.unique(predicted, return_inverse=True)
-    names_t, t = np.unique(true, return_inverse=True)
-    table = np.bincount(
-        t.ravel() * names_p.size + p.ravel(), minlength=names_t.size * names_p.size
-    ).reshape(names_t.size, names_p.size)  # fmt: skip
-    size_t, size_p = table.sum(axis=1), table.sum(axis=0)
-    table[names_t == 0], table[:, names_p == 0] = 0, 0
-    rows, cols = np.flatnonzero(names_t != 0), np.flatnonzero(names_p != 0)
-    if not rows.size or not cols.size:
-        return ObjectScores(0.0 if rows.size else nan, 0.0 if cols.size else nan, nan, nan, nan,
-                            rows.size)  # fmt: skip
-    both = table[np.ix_(rows, cols)].astype(np.float64)
-    union = size_t[rows][:, None] + size_p[cols] - both
-    matched = both / union > 0.5
-    best = both.argmax(axis=1)
-    most = both[np.arange(rows.size), best]
-    found = most > 0
-    centres_t = _centres(t.reshape(true.shape), names_t.size)
-    centres_p = _centres(p.reshape(true.shape), names_p.size)
-    far = np.hypot(*(centres_t[rows] - centres_p[cols[best]]).T) / np.sqrt(size_t[rows])
-    return ObjectScores(
-        recall=float(matched.any(axis=1).mean()),
-        precision=float(matched.any(axis=0).mean()),
-        over=float((1 - most / size_t[rows])[found].mean()) if found.any() else nan,
-        under=float((1 - most / size_p[cols[best]])[found].mean()) if found.any() else nan,
-        location=float(far[found].mean()) if found.any() else nan,
-        n=int(rows.size),
-    )
-
-
-def _centres(index: I64, n: int) -> NDArray[np.float64]:
-    """(n, 2) mean row and column of each object."""
-    row, col = np.indices(index.shape)
-    flat = index.ravel()
-    size = np.maximum(np.bincount(flat, minlength=n), 1)
-    return np.column_stack([
-        np.bincount(flat, row.ravel(), n) / size, np.bincount(flat, col.ravel(), n) / size
-    ])  # fmt: skip

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp, inf, log, nan, sqrt
+from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 
 from terraloom.assess.intervals import Estimate, critical_value
+from terraloom.assess.samples import ReferenceSample, Strata
 from terraloom.assess.survey import Survey
 from terraloom.errors import DesignError
 
-__all__ = ["ValueAccuracy", "value_accuracy"]
+__all__ = ["ValueAccuracy", "value_accuracy", "values_block"]
 
 F64 = NDArray[np.float64]
 
@@ -96,3 +100,32 @@ def _positive(value: float, se: float, z: float) -> Estimate:
         return Estimate(value, se, value, value if se == 0 else inf, z * se)
     factor = exp(z * se / value)
     return Estimate(value, se, exp(log(value)) / factor, value * factor, z * se)
+
+
+def values_block(
+    map_file: Path,
+    truth_file: Path,
+    sample: ReferenceSample,
+    points: gpd.GeoDataFrame,
+    strata: Strata,
+    post_strata: Strata | None,
+    unit: str | None,
+) -> dict[str, Any]:
+    """Accuracy of a map of values at the units; only `why_not` where a unit has no value.
+
+    Leaving units out would change what the rest stand for.
+    """
+    mapped, true = _values(map_file, points), _values(truth_file, points)
+    ok = np.isfinite(mapped) & np.isfinite(true)
+    if not ok.all():
+        return {"why_not": f"{int((~ok).sum())} of {ok.size} units have no value", "unit": unit}
+    found = value_accuracy(mapped, true, Survey.of(sample, strata, post_strata=post_strata))
+    return {"unit": unit, **found.to_dict()}
+
+
+def _values(file: Path, points: gpd.GeoDataFrame) -> F64:
+    """First band at the points, NaN where there is no value."""
+    with rasterio.open(file) as src:
+        xy = np.column_stack([points.geometry.x, points.geometry.y])
+        out = np.array([v[0] for v in src.sample(xy, indexes=1)], dtype=np.float64)
+        return np.where(out == src.nodata, np.nan, out) if src.nodata is not None else out

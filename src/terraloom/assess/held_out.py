@@ -34,9 +34,9 @@ from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.models.mapnet import MapNet
 from terraloom.models.registry import check_contract, load_member
+from terraloom.train.applicability import fit_applicability
 from terraloom.train.calibrate import Reliability, reliability
 from terraloom.train.ensemble import averaged, cross_fitted_average, fit_calibration
-from terraloom.train.familiar import fit_applicability
 from terraloom.train.held_out import HeldOut, predict_held_out
 from terraloom.train.run import CHIPS, MODEL, member_files, task_specs
 from terraloom.train.windows import modalities_of, units_of

@@ -159,11 +159,6 @@ class ProbabilityBlocks:
             place = (window[0].start + int(row), window[1].start + int(col))
             self._worst = (float(off[row, col]), *place)
 
-    @property
-    def rounding(self) -> float:
-        """Largest error of a stored probability."""
-        return float(self._allowed / self._src.count)
-
     def check(self) -> None:
         """Refuse a raster with pixels that do not sum to one.
 

@@ -18,6 +18,7 @@ from terraloom.assess.run import MAP, TRUTH, _estimate
 from terraloom.assess.scoreboard import (
     areas_inside_ci,
     build_scoreboard,
+    class_boundary_iou,
     height_scores,
     label_noise_scores,
     map_scores,
@@ -48,6 +49,7 @@ def score_rehearsal(campaign: Campaign, grid: CampaignGrid) -> None:
     true_map = _raster(TRUTH / "landcover.tif")
     mapped = _raster(product_path("class_map", MAP))
     oa, miou = map_scores(mapped, _matching(true_map, mapped), legend.codes)
+    outlines = class_boundary_iou(mapped, true_map, legend.codes, pixel_m=grid.resolution_m)
     rmse, r2 = _height(campaign)
     recall, precision = _noise(campaign, truth)
     inside, total = _areas(campaign, legend, true_map, mapped)
@@ -56,7 +58,7 @@ def score_rehearsal(campaign: Campaign, grid: CampaignGrid) -> None:
         shadow_f1=pooled_mask_f1(_masks(campaign, "shadow"), int(Reason.SHADOW)),
         shift_rmse_px=_shifts(truth),
         label_noise_recall=recall, label_noise_precision=precision,
-        oa=oa, miou=miou, height_rmse_m=rmse, height_r2=r2,
+        oa=oa, miou=miou, boundary=outlines, height_rmse_m=rmse, height_r2=r2,
         ece=_ece(legend, true_map), areas_inside_ci=inside, areas_total=total,
     )  # fmt: skip
     write_json(MAP / "scoreboard.json", board)

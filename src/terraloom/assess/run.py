@@ -12,7 +12,8 @@ import geopandas as gpd
 import numpy as np
 
 from terraloom.assess.answers import read_answers, settle
-from terraloom.assess.beside import assisted_block, values_block
+from terraloom.assess.assisted import assisted_block
+from terraloom.assess.continuous import values_block
 from terraloom.assess.design import SampleDesign, reference_sample
 from terraloom.assess.estimators import AccuracyReport, estimate_accuracy
 from terraloom.assess.interpreters import NOT_ANSWERED, compare_interpreters
@@ -75,10 +76,10 @@ def _estimate(campaign: Campaign, legend: Legend) -> tuple[AccuracyReport, Answe
             by_person, sample, design.sizes(), classes=legend.codes, post_strata=post_strata
         )
         answered = replace(answered, compared=compared)
-    return report, replace(answered, beside=_beside(campaign, legend, sample, used, design))
+    return report, replace(answered, blocks=_further_blocks(campaign, legend, sample, used, design))
 
 
-def _beside(
+def _further_blocks(
     campaign: Campaign, legend: Legend, sample: ReferenceSample, points: gpd.GeoDataFrame,
     design: SampleDesign,
 ) -> dict[str, Any]:  # fmt: skip
@@ -135,14 +136,14 @@ class Answered:
         facts: Who answered and how units were settled, JSON-able.
         said: Class code by unit, of each interpreter.
         compared: How interpreters differ and what it does to the areas; empty with one.
-        beside: Further blocks of ``accuracy.json``.
+        blocks: Further blocks of ``accuracy.json``.
     """
 
     codes: dict[str, int]
     facts: dict[str, Any]
     said: dict[str, dict[str, int]] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
-    beside: dict[str, Any] = field(default_factory=dict)
+    blocks: dict[str, Any] = field(default_factory=dict)
 
 
 def _answers(
@@ -238,5 +239,5 @@ def _record(
         },
         "interpreters": answered.compared or None,
         "report": report.to_dict(),
-        **answered.beside,
+        **answered.blocks,
     }  # fmt: skip

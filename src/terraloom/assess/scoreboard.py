@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from terraloom.assess.boundaries import boundary_iou
 from terraloom.assess.estimators import AccuracyReport
 from terraloom.assess.reliability import confusion_matrix, skill_from_matrix
 from terraloom.errors import StateError
@@ -22,12 +23,16 @@ __all__ = [
     "SCORE_KEYS",
     "areas_inside_ci",
     "build_scoreboard",
+    "class_boundary_iou",
     "height_scores",
     "label_noise_scores",
     "map_scores",
     "pooled_mask_f1",
     "shift_rmse_px",
 ]
+
+#: Width of the bands of the boundary IoU, metres.
+BAND_M = 20.0
 
 #: Keys of the scoreboard, in the order of the stages.
 SCORE_KEYS = (
@@ -38,6 +43,7 @@ SCORE_KEYS = (
     "label_noise_precision",
     "oa",
     "miou",
+    "boundary_iou",
     "height_rmse_m",
     "height_r2",
     "ece",
@@ -146,6 +152,34 @@ def map_scores(
     return float(skill.oa), float(skill.miou)
 
 
+def class_boundary_iou(
+    mapped: ArrayLike, truth: ArrayLike, classes: Sequence[int], *, pixel_m: float,
+    width_m: float = BAND_M, nodata: int = 0,
+) -> float:  # fmt: skip
+    """Mean boundary IoU of the classes: how well outlines lie, whatever the size of patches.
+
+    Args:
+        mapped: (H, W) class codes.
+        truth: (H, W) true class codes.
+        classes: Legend codes; classes on neither side do not enter the mean.
+        pixel_m: Pixel size, metres.
+        width_m: Width of the bands inside the outlines, metres.
+        nodata: Code without a class: where either side has it, neither has a class.
+
+    Returns:
+        0-1; NaN if no pixel has both.
+    """
+    found, true = np.asarray(mapped), np.asarray(truth)
+    _same_shape(found, true, "class map")
+    both = (found != nodata) & (true != nodata)
+    each = [
+        boundary_iou(both & (found == c), both & (true == c), width_m=width_m, pixel_m=pixel_m)
+        for c in classes
+    ]
+    known = [v for v in each if isfinite(v)]
+    return sum(known) / len(known) if known else nan
+
+
 def height_scores(predicted: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """Root mean square error in metres and coefficient of determination of heights.
 
@@ -205,6 +239,7 @@ def build_scoreboard(
     label_noise_precision: float = nan,
     oa: float = nan,
     miou: float = nan,
+    boundary: float = nan,
     height_rmse_m: float = nan,
     height_r2: float = nan,
     ece: float = nan,
@@ -221,6 +256,7 @@ def build_scoreboard(
         label_noise_precision: Second of `label_noise_scores`, 0-1.
         oa: First of `map_scores`, 0-1.
         miou: Second of `map_scores`, 0-1.
+        boundary: `class_boundary_iou`, 0-1.
         height_rmse_m: First of `height_scores`, metres.
         height_r2: Second of `height_scores`, at most 1.
         ece: Expected calibration error of `train.calibrate`, 0-1.
@@ -239,6 +275,7 @@ def build_scoreboard(
         "label_noise_precision": label_noise_precision,
         "oa": oa,
         "miou": miou,
+        "boundary_iou": boundary,
         "height_rmse_m": height_rmse_m,
         "height_r2": height_r2,
         "ece": ece,

@@ -94,7 +94,7 @@ def provenance(
     json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say what a file of a map was made from, and whether its bytes are those recorded."""
-    from terraloom.report.origin import origin_of, origin_text
+    from terraloom.report.file_provenance import origin_of, origin_text
 
     typer.echo(origin_text(origin_of(file), everything=everything, as_json=json_))
 

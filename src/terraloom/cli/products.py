@@ -44,7 +44,7 @@ def mosaic_products(campaign: CampaignFile = RUN_CAMPAIGN) -> None:
 @app.command(rich_help_panel=MAP)
 def write_tiles(batch: Batch, campaign: CampaignFile = RUN_CAMPAIGN) -> None:
     """Write the products of the tiles of one job, one raster per product and tile."""
-    from terraloom.predict.tiled import write_tiles as run
+    from terraloom.predict.tile_products import write_tiles as run
 
     c = load(campaign)
     run(c, grid_of(c), batch)

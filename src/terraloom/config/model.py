@@ -179,8 +179,8 @@ class Model(Section):
             raise ValueError("`weights` belongs to the networks `presto` and `backbone`")
         if (self.network == "backbone") != (self.backbone is not None):
             raise ValueError("`backbone` belongs to network `backbone`, and only to it")
-        if self.network == "backbone" and self.adapt != "fine-tune":
-            raise ValueError("network `backbone` knows `adapt: fine-tune` only")
+        if self.network != "presto" and self.adapt != "fine-tune":
+            raise ValueError(f"network `{self.network}` knows `adapt: fine-tune` only")
         if self.processes > 1 and self.batch % self.processes:
             raise ValueError("`batch` must be a multiple of `processes`")
         return self

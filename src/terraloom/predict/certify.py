@@ -21,10 +21,10 @@ from terraloom.errors import ModelError, StateError
 from terraloom.grid import CampaignGrid
 from terraloom.io import write_json
 from terraloom.log import get_logger
+from terraloom.predict.calibration import calibrated_parts
 from terraloom.predict.engine import CUBES, load_ensemble
 from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
-from terraloom.predict.sharpen import calibrated_parts
 from terraloom.predict.views import F32, predict_views
 from terraloom.predict.windows import Window
 from terraloom.preprocess.reasons import INVALID

@@ -142,9 +142,9 @@ class Ensemble:
         nets = tuple(m.to(device) for m in nets)
         members: tuple[MapNet | OnnxMember, ...] = nets
         if onnx:
-            require_agreement(folder, files, how.runtime)
-            members = onnx_members(files, nets, how.runtime, how.threads)
-            digest = digest_json([digest, digest_of(files, how.runtime)])
+            require_agreement(folder, files)
+            members = onnx_members(files, nets, how.threads)
+            digest = digest_json([digest, digest_of(files)])
         if how.precision == "bf16":
             log.warning("bf16: a few per cent of the pixels get another class than with fp32")
         trust = Trust.load(campaign, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from terraloom.log import get_logger
 from terraloom.models.fusion import FusionNet
 from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import architecture_of, card_path
-from terraloom.predict.agreement import compared, split_chips
+from terraloom.predict.agreement import chips_to_compare, compared
 from terraloom.predict.ensemble import MODEL, Ensemble, member_files, set_up_torch
 from terraloom.predict.onnx_runtime import (
     AGREEMENT,
@@ -117,7 +116,7 @@ def export_member(net: MapNet, member: Path) -> Path:
     )
     sizes = {g: {0: "n", 2: f"height_{g}", 3: f"width_{g}"} for g in groups}
     given = {t: {0: "n", 2: "height", 3: "width"} for t in tasks}
-    path = onnx_path(member, "onnx")
+    path = onnx_path(member)
     register: Any = torch.onnx.register_custom_op_symbolic  # type: ignore[attr-defined]
     register("aten::_upsample_nearest_exact2d", _nearest, 11)
     with atomic(path) as tmp, warnings.catch_warnings(), torch.no_grad():
@@ -127,14 +126,14 @@ def export_member(net: MapNet, member: Path) -> Path:
             _Whole(net).eval(), inputs, str(tmp), dynamo=False, opset_version=OPSET,
             input_names=groups, output_names=tasks, dynamic_axes=sizes | given,
         )  # fmt: skip
-    write_contract(path, net, member, "fp32")
+    write_contract(path, net, member)
     return path
 
 
-def write_contract(path: Path, net: MapNet, member: Path, numbers: str) -> None:
+def write_contract(path: Path, net: MapNet, member: Path) -> None:
     """Say beside an ONNX file what it takes and gives, and which weights it was made from."""
     write_json(card_path(path), {
-        "format": _FORMAT, "opset": OPSET, "numbers": numbers,
+        "format": _FORMAT, "opset": OPSET, "numbers": "fp32",
         "weights": read_json(card_path(member))["sha256"], "sha256": sha256(path),
         "stride_px": net.stride_px, "halo_px": net.halo_px(),
         "missing": "NaN",
@@ -154,7 +153,7 @@ def write_contract(path: Path, net: MapNet, member: Path, numbers: str) -> None:
 def export_model(campaign: Campaign, folder: Path = MODEL) -> str:
     """Export all members, compare them with the networks on chips, and write what was found.
 
-    With ``predict.runtime: torch`` the files are those of ``onnx``, for use elsewhere.
+    With ``predict.runtime: torch`` they are for use elsewhere.
 
     Args:
         campaign: The campaign.
@@ -173,45 +172,26 @@ def export_model(campaign: Campaign, folder: Path = MODEL) -> str:
     for file, net in zip(files, nets, strict=True):
         log.info("wrote %s", export_member(net, file))
     chips = read_store(CHIPS)
-    split = split_chips(chips)
-    record: dict[str, Any] = {
-        "opset": OPSET, "calibration_chips": split.calibrate, "verification_chips": split.verify,
-        "runtimes": {},
-    }  # fmt: skip
-    for runtime in _runtimes(how.runtime):
-        other = Ensemble(
-            onnx_members(files, nets, runtime, how.threads), reference.calibrations,
-            reference.digest,
+    chosen = chips_to_compare(chips.sizes["n"])
+    other = Ensemble(
+        onnx_members(files, nets, how.threads), reference.calibrations, reference.digest
+    )
+    found = compared(reference, other, files, chips.isel(n=chosen))
+    found |= {"opset": OPSET, "chips": chosen, "digest": digest_of(files)}
+    write_json(folder / ONNX / AGREEMENT, found)
+    if not found["passed"]:
+        raise ModelError(
+            found["failed"], where=str(folder / ONNX / AGREEMENT), allowed=found["limits"],
+            fix="set predict.runtime to torch",
         )  # fmt: skip
-        found = compared(reference, other, files, chips.isel(n=split.verify), runtime)
-        record["runtimes"][runtime] = found | {"digest": digest_of(files, runtime)}
-        write_json(folder / ONNX / AGREEMENT, record)
-    _require(record["runtimes"])
-    return "\n".join(_told(name, found) for name, found in record["runtimes"].items())
+    return _told(found)
 
 
-def _told(runtime: str, found: dict[str, Any]) -> str:
+def _told(found: dict[str, Any]) -> str:
     parts = [f"{k} by {v:.2g} at most" for k, v in found["largest_difference"].items()]
     parts += [f"same class of {k} at {100 * v:.3f} %" for k, v in found["same_class"].items()]
     for name, r in found["held_out"].items():
         parts.append(f"held-out mean IoU of {name} {r['miou_before']:.2f} -> "
                      f"{r['miou_after']:.2f} %, calibration error {r['ece_before']:.4f} -> "
                      f"{r['ece_after']:.4f}")  # fmt: skip
-    return f"{runtime} agrees with torch: " + ", ".join(parts)
-
-
-def _runtimes(configured: str) -> Sequence[str]:
-    return ["onnx"]
-
-
-def _require(found: dict[str, Any]) -> None:
-    wrong = {name: r["failed"] for name, r in found.items() if not r["passed"]}
-    if wrong:
-        raise ModelError(
-            "; ".join(f"{name}: {text}" for name, text in wrong.items()),
-            where=f"{MODEL / ONNX / AGREEMENT}",
-            allowed="; ".join(found[name]["limits"] for name in wrong),
-            fix="set predict.runtime to torch" + (
-                "" if "onnx" in wrong or "onnx" not in found else " or onnx"
-            ),
-        )  # fmt: skip
+    return "onnx agrees with torch: " + ", ".join(parts)

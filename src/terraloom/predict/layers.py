@@ -13,8 +13,8 @@ from terraloom.config.base import TaskKind
 from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
 from terraloom.models.mapnet import FEATURES
+from terraloom.predict.calibration import calibrated_parts
 from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode, encode_sets
-from terraloom.predict.sharpen import calibrated_parts
 from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.conformal import ClassSets, Interval

@@ -31,20 +31,18 @@ _AGAIN = "run terraloom export-model"
 F32 = npt.NDArray[np.float32]
 
 
-def onnx_path(member: Path, runtime: str) -> Path:
+def onnx_path(member: Path) -> Path:
     """The ONNX file of a member: ``onnx/fold-0-member-0.onnx`` beside its fold's folder.
 
     Args:
         member: Its weights, ``fold-0/member-0.safetensors``.
-        runtime: ``onnx`` or ``onnx-int8``.
     """
-    name = f"{member.parent.name}-{member.stem}{runtime.removeprefix(ONNX)}.onnx"
-    return member.parent.parent / ONNX / name
+    return member.parent.parent / ONNX / f"{member.parent.name}-{member.stem}.onnx"
 
 
-def digest_of(files: Sequence[Path], runtime: str) -> str:
+def digest_of(files: Sequence[Path]) -> str:
     """Digest of the ONNX files of members."""
-    return digest_json([sha256(onnx_path(f, runtime)) for f in files])
+    return digest_json([sha256(onnx_path(f)) for f in files])
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,13 @@ def _whole(x: npt.NDArray[Any] | None, shape: tuple[int, int, int, int], group: 
 
 
 def onnx_members(
-    files: Sequence[Path], nets: Sequence[MapNet], runtime: str, threads: int
+    files: Sequence[Path], nets: Sequence[MapNet], threads: int
 ) -> tuple[OnnxMember, ...]:
     """Sessions of the ONNX files of members.
 
     Args:
         files: Weights of the members.
         nets: Their networks.
-        runtime: ``onnx`` or ``onnx-int8``.
         threads: Threads of each session (count).
 
     Raises:
@@ -136,14 +133,14 @@ def onnx_members(
     try:
         import onnxruntime
     except ImportError as err:
-        raise ModelError("onnxruntime is not installed", where=f"predict.runtime {runtime}",
+        raise ModelError("onnxruntime is not installed", where="predict.runtime onnx",
                          fix=EXTRA) from err  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     out = []
     for file, net in zip(files, nets, strict=True):
-        path = onnx_path(file, runtime)
+        path = onnx_path(file)
         _check(path, file, net)
         session = onnxruntime.InferenceSession(
             str(path), sess_options=options, providers=["CPUExecutionProvider"]
@@ -167,25 +164,24 @@ def _check(path: Path, member: Path, net: MapNet) -> None:
         raise ModelError("takes other channels than the member", where=str(path), fix=_AGAIN)
 
 
-def require_agreement(folder: Path, files: Sequence[Path], runtime: str) -> None:
+def require_agreement(folder: Path, files: Sequence[Path]) -> None:
     """Refuse ONNX files whose agreement with the networks was not shown.
 
     Args:
         folder: The model's.
         files: Weights of the members.
-        runtime: ``onnx`` or ``onnx-int8``.
 
     Raises:
         StateError: They were not compared, or changed since.
         ModelError: They do not agree.
     """
     path = folder / ONNX / AGREEMENT
-    missing = [str(p) for f in files if not (p := onnx_path(f, runtime)).is_file()]
+    missing = [str(p) for f in files if not (p := onnx_path(f)).is_file()]
     if missing or not path.is_file():
-        raise StateError(f"networks were not exported for predict.runtime {runtime}",
+        raise StateError("the networks were not exported",
                          where=missing[0] if missing else str(path), fix=_AGAIN)  # fmt: skip
-    record = read_json(path)["runtimes"].get(runtime, {})
-    if record.get("digest") != digest_of(files, runtime):
+    record = read_json(path)
+    if record.get("digest") != digest_of(files):
         raise StateError("the ONNX files are not those that were compared", where=str(path),
                          fix=_AGAIN)  # fmt: skip
     if not record["passed"]:

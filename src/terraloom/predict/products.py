@@ -22,14 +22,14 @@ from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.origin import TAG, map_tags
 from terraloom.plan import SUFFIXES, product_names, product_path, product_suffix
-from terraloom.predict.cover import TileCover
 from terraloom.predict.engine import CUBES, TILES
 from terraloom.predict.index import write_index, write_overviews
 from terraloom.predict.picture import Picture
 from terraloom.predict.qgis import write_styles
 from terraloom.predict.sieve import least_pixels, sieved_windows
 from terraloom.predict.specs import Spec, product_specs
-from terraloom.predict.tiled import tile_products, tile_records
+from terraloom.predict.tile_coverage import TileCover
+from terraloom.predict.tile_products import tile_products, tile_records
 from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
 from terraloom.predict.trust import TrustFacts
 from terraloom.preprocess.reasons import Reason
@@ -46,7 +46,7 @@ def mosaic_products(campaign: Campaign, grid: CampaignGrid) -> None:
     """Write all rasters of the map, their styles and ``map.json``.
 
     With ``products.layout: tiles`` the rasters of the tiles are there already
-    (:func:`terraloom.predict.tiled.write_tiles`); their indexes and overviews are written.
+    (:func:`terraloom.predict.tile_products.write_tiles`); their indexes and overviews are written.
 
     Raises:
         StateError: A tile is missing or damaged; the products stay as they were.

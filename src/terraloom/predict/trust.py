@@ -15,7 +15,7 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.predict.encoding import APPLICABILITY_NODATA, APPLICABILITY_SCALES
-from terraloom.train.familiar import FILE, read_applicability
+from terraloom.train.applicability import FILE, read_applicability
 from terraloom.uncertainty.applicability import CELL_PX, Applicability, cell_means
 from terraloom.uncertainty.conformal import ClassSets, Interval
 

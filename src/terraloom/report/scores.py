@@ -188,6 +188,7 @@ _SCORES: dict[str, tuple[str, str, str, str]] = {
     "label_noise_precision": ("Labels", "Suspicions that were right", "%", "of labels suspected"),
     "oa": ("Map", "Overall accuracy", "%", "all pixels against the truth, not a sample"),
     "miou": ("Map", "Mean IoU", "%", "overlap of map and truth, mean over classes"),
+    "boundary_iou": ("Map", "Boundary IoU", "%", "the same of the outermost 20 m of patches"),
     "height_rmse_m": ("Map", "Error of heights", "m", "root mean square"),
     "height_r2": ("Map", "R\u00b2 of heights", "", "1 is perfect, 0 no better than the mean"),
     "ece": ("Confidence", "Calibration error", "%", "mean gap of confidence and accuracy"),

@@ -20,7 +20,7 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
 from terraloom.uncertainty.covariance import ErrorCovariance, total_variance
-from terraloom.uncertainty.covered import Outline
+from terraloom.uncertainty.coverage_fractions import Outline
 
 __all__ = ["GRID_BYTES", "Block", "RegionSums", "Window", "sum_regions"]
 

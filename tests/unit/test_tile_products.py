@@ -19,7 +19,7 @@ from terraloom.grid import CampaignGrid
 from terraloom.io import geobox_of, read_json
 from terraloom.plan import product_path
 from terraloom.predict.products import MAP, mosaic_products
-from terraloom.predict.tiled import TILED, write_tiles
+from terraloom.predict.tile_products import TILED, write_tiles
 
 NAMES = ("class_map", "probabilities", "uncertainty", "edge", "height", "reasons", "image")
 

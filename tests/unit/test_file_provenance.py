@@ -21,8 +21,8 @@ from terraloom.errors import StateError
 from terraloom.io import read_json, write_json, write_raster
 from terraloom.predict.polygons import polygonise_map
 from terraloom.predict.products import MAP, mosaic_products
-from terraloom.predict.tiled import write_tiles
-from terraloom.report.origin import origin_of
+from terraloom.predict.tile_products import write_tiles
+from terraloom.report.file_provenance import origin_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Blocks that stand beside the design-based estimates, from rasters and points."""
+"""Blocks of accuracy.json that rasters and points make: model-assisted areas, values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import rasterio
 from affine import Affine
 
-from terraloom.assess.beside import assisted_block, values_block
+from terraloom.assess.assisted import assisted_block
+from terraloom.assess.continuous import values_block
 from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.errors import DesignError
 

@@ -14,7 +14,7 @@ from terraloom.errors import ModelError
 from terraloom.models.fusion import FusionNet, FusionSpec
 from terraloom.models.heads import TaskSpec
 from terraloom.models.mapnet import FEATURES
-from terraloom.train.familiar import (
+from terraloom.train.applicability import (
     FILE,
     _features,
     _some_pixels,

@@ -9,7 +9,7 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.grid import Tile
 from terraloom.legend import IGNORE_INDEX
-from terraloom.predict.cover import TileCover
+from terraloom.predict.tile_coverage import TileCover
 
 BOX = GeoBox.from_bbox((0, 0, 40, 40), "EPSG:32633", resolution=10)
 
