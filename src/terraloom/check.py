@@ -77,8 +77,26 @@ def _check_inputs(campaign: Campaign, plan: Plan) -> list[str]:
             )  # fmt: skip
         else:
             notes.append(f"{task.labels.file} will be made by the run (archive.kind)")
+    _check_named_files(campaign, plan)
     _check_simulation(campaign, plan)
     return sorted(set(notes))
+
+
+def _check_named_files(campaign: Campaign, plan: Plan) -> None:
+    """Files that the plan of the workflow needs from the start; without one it is no plan."""
+    regions = [campaign.regions.file] if campaign.regions else []
+    correct = "correct the path (from the project folder)"
+    for key, files, fix in (
+        ("folds.regions", [campaign.folds.regions] if campaign.folds.regions else [], correct),
+        ("model.weights", plan.weight_files, correct),
+        ("regions.file", regions, correct),
+        ("sample", plan.sample_files, correct),
+        ("sample.answers", plan.answer_files,
+         "leave `sample.answers` out until the sample is drawn and answered"),
+    ):  # fmt: skip
+        missing = [f for f in files if not Path(f).exists() and not f.startswith(RUN_MADE)]
+        if missing:
+            raise ConfigError("there is no such file", where=f"{key} {missing[0]}", fix=fix)
 
 
 def _made_by_run(path: str) -> bool:

@@ -13,6 +13,7 @@ from shapely import box
 from typer.testing import CliRunner
 
 from terraloom import __version__, cli
+from terraloom.check import check_campaign
 from terraloom.config.load import load_campaign
 from terraloom.errors import ConfigError, TerraloomError
 from terraloom.plan import Plan
@@ -82,6 +83,27 @@ def test_check_counts_the_jobs_of_the_workflow(
     rehearsal = json.loads(call("check", "config/campaigns/rehearsal.yaml", "--json"))["jobs"]
     expected = 36 if load_campaign(ROOT / "config/campaigns/rehearsal.yaml").model.baseline else 35
     assert sum(rehearsal.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "found"),
+    [
+        ("sample: {answers: mine.csv}", "sample.answers mine.csv: there is no such file"),
+        ("regions: {file: districts.gpkg}", "regions.file districts.gpkg: there is no such file"),
+        ("sample: {strata: old.tif}", "sample old.tif: there is no such file"),
+        ("predict:", "key `predict`: empty; give it keys or leave it out"),
+    ],
+)
+def test_check_names_what_the_plan_would_miss(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: str, found: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    text = (ROOT / "config/campaigns/havel.yaml").read_text()
+    Path("mine.yaml").write_text(f"{text}\n{section}\n")
+    with pytest.raises(ConfigError) as err:
+        check_campaign(Path("mine.yaml"))
+    assert found in str(err.value)
 
 
 @pytest.mark.parametrize("aoi", ["12.5,52.4,12.7,52.5", "aoi.gpkg"])

@@ -90,6 +90,8 @@ def _explain(error: Any) -> str:
         return f"key `{key}`: unknown{hint}"
     if error["type"] == "missing":
         return f"key `{key}`: missing"
+    if error["type"] == "model_type" and error.get("input") is None:
+        return f"key `{key}`: empty; give it keys or leave it out"
     text = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
     shown = f", found {value!r}" if isinstance(value, (str, int, float, bool)) else ""
