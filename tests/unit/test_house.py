@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
     "errors", "bandstats", "warp", "io", "log", "grid", "legend", "state", "config", "origin",
     "aoi", "plan", "config.starter", "acquire", "preprocess", "labels", "models", "uncertainty",
-    "train", "predict", "assess", "report", "versions", "provenance", "check", "cli",
+    "train", "predict", "assess", "report", "operate", "check", "cli",
 )  # fmt: skip
 
 

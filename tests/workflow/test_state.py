@@ -16,10 +16,10 @@ import snakemake.persistence
 import yaml
 from snakemake.persistence.file import FilePersistence
 
-from terraloom import provenance
+from terraloom.operate import provenance
 from terraloom.errors import StateError
-from terraloom.provenance import MILESTONES, RECORD_FORMAT, restore_state, save_state
-from terraloom.versions import state_log, verify_state
+from terraloom.operate.provenance import MILESTONES, RECORD_FORMAT, restore_state, save_state
+from terraloom.operate.versions import state_log, verify_state
 
 BIN = Path(sys.executable).parent
 ENV = {

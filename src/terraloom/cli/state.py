@@ -20,7 +20,7 @@ def state_save(
     ] = None,
 ) -> None:
     """Store the provenance of finished milestones beside their files."""
-    from terraloom.provenance import save_state
+    from terraloom.operate.provenance import save_state
 
     typer.echo(save_state(milestones=milestones or None))
 
@@ -28,7 +28,7 @@ def state_save(
 @state_app.command("restore")
 def state_restore() -> None:
     """Bring back the milestones of the checked-out commit, with their provenance."""
-    from terraloom.provenance import restore_state
+    from terraloom.operate.provenance import restore_state
 
     typer.echo(restore_state())
 
@@ -36,7 +36,7 @@ def state_restore() -> None:
 @state_app.command("verify")
 def state_verify() -> None:
     """Hash all milestones and their stored copies again."""
-    from terraloom.versions import verify_state
+    from terraloom.operate.versions import verify_state
 
     typer.echo(verify_state())
 
@@ -44,6 +44,6 @@ def state_verify() -> None:
 @state_app.command("log")
 def state_log() -> None:
     """List the releases with their scores."""
-    from terraloom.versions import state_log as run
+    from terraloom.operate.versions import state_log as run
 
     typer.echo(run())

@@ -24,7 +24,7 @@ import yaml
 
 from terraloom.errors import StateError
 from terraloom.io import digest_json, sha256, write_text
-from terraloom.versions import MILESTONES, PROVENANCE, call_dvc, locked_outs
+from terraloom.operate.versions import MILESTONES, PROVENANCE, call_dvc, locked_outs
 
 __all__ = ["MILESTONES", "PROVENANCE", "RECORD_FORMAT", "restore_state", "save_state"]
 

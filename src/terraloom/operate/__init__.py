@@ -1,0 +1,1 @@
+"""Runs and their states: what is recorded, released, compared, brought back, resumed, watched."""
