@@ -83,7 +83,7 @@ if building("scenes"):
             "logs/lock_items.log",
         benchmark:
             "benchmarks/lock_items.tsv"
-        retries: 0 if PLAN.catalogue_files else 2
+        retries: retries(0 if PLAN.catalogue_files else 2)
         threads: 1
         resources:
             mem_mb=mem_mb(1000),

@@ -124,14 +124,30 @@ def keys(*dotted):
     return PLAN.keys(*dotted)
 
 
+def growing(base, ceiling):
+    """A resource that grows on a retry, up to a ceiling among the default resources of a profile:
+    a cluster lets a job that asks for more than its largest node wait for ever.
+    """
+    given = workflow.resource_settings.default_resources or {}
+    limit = given[ceiling].raw if ceiling in given else None
+    return lambda wildcards, attempt: min(base * attempt, int(limit or base * attempt))
+
+
 def mem_mb(base):
     """Memory that grows on a retry, in MB."""
-    return lambda wildcards, attempt: base * attempt
+    return growing(base, "max_mem_mb")
 
 
 def minutes(base):
     """Run time that grows on a retry, in minutes."""
-    return lambda wildcards, attempt: base * attempt
+    return growing(base, "max_runtime")
+
+
+def retries(count):
+    """Retries of the run itself: inside a job they would repeat an attempt that failed, with the
+    same memory and time, before the run gives it more.
+    """
+    return count if workflow.is_main_process else 0
 
 
 onstart:

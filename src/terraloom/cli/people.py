@@ -18,7 +18,9 @@ from terraloom.cli.base import (
     load,
 )
 
-__all__ = ["certify", "check", "init", "provenance", "schema", "score_series", "update"]
+__all__ = [
+    "certify", "check", "cluster_profile", "init", "provenance", "schema", "score_series", "update",
+]  # fmt: skip
 
 
 @app.command(rich_help_panel=PEOPLE)
@@ -45,6 +47,17 @@ def check(
     from terraloom.check import check_campaign
 
     typer.echo(check_campaign(campaign, as_json=json_))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def cluster_profile(
+    site: Annotated[Path, typer.Argument(help="File that describes the cluster.")],
+    out: Out = Path("workflow/profiles/my-site"),
+) -> None:
+    """Ask a SLURM cluster what it offers and write a Snakemake profile that fits it."""
+    from terraloom.operate.cluster import write_profile
+
+    typer.echo(write_profile(site, out))
 
 
 @app.command(rich_help_panel=PEOPLE)

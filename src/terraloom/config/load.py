@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from terraloom.config.campaign import Campaign
+from terraloom.config.site import Site
 from terraloom.errors import ConfigError
 
-__all__ = ["load_campaign", "parse_campaign", "read_yaml"]
+__all__ = ["load_campaign", "load_site", "parse_campaign", "read_yaml"]
+
+
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -68,24 +72,43 @@ def load_campaign(path: Path | str) -> Campaign:
 
 def parse_campaign(data: Mapping[str, Any], *, where: str = "campaign") -> Campaign:
     """Validate the keys of a campaign; all problems are reported at once."""
+    return _validated(
+        Campaign, data, where=where,
+        allowed="the keys of config/README.md (config/schema.json for editors)",
+        fix="correct the file, then `terraloom check` it",
+    )  # fmt: skip
+
+
+def load_site(path: Path | str) -> Site:
+    """Read and validate the file that describes a cluster.
+
+    Raises:
+        ConfigError: With file, key, value found, what is allowed, what to do.
+    """
+    return _validated(
+        Site, read_yaml(path), where=str(path), allowed=", ".join(Site.model_fields),
+        fix="correct the file; docs/how-to/run-on-slurm.md lists the keys",
+    )  # fmt: skip
+
+
+def _validated(
+    model: type[_M], data: Mapping[str, Any], *, where: str, allowed: str, fix: str
+) -> _M:
     try:
-        return Campaign.model_validate(dict(data))
+        return model.model_validate(dict(data))
     except ValidationError as err:
-        problems = [_explain(e) for e in err.errors()]
+        problems = [_explain(e, model) for e in err.errors()]
         found = problems[0] if len(problems) == 1 else "\n  ".join(["several problems", *problems])
-        raise ConfigError(
-            found,
-            where=where,
-            allowed="the keys of config/README.md (config/schema.json for editors)",
-            fix="correct the file, then `terraloom check` it",
-        ) from err
+        raise ConfigError(found, where=where, allowed=allowed, fix=fix) from err
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     loc = [p for p in error["loc"] if not (isinstance(p, str) and p.startswith("function-"))]
     key = ".".join(str(p) for p in loc) or "(whole file)"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _known_keys(loc[:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(
+            str(loc[-1]), _known_keys(loc[:-1], model), n=1, cutoff=0.5
+        )
         hint = f"; did you mean `{near[0]}`?" if near else ""
         return f"key `{key}`: unknown{hint}"
     if error["type"] == "missing":
@@ -98,8 +121,7 @@ def _explain(error: Any) -> str:
     return f"key `{key}`: {text}{shown}"
 
 
-def _known_keys(path: list[Any]) -> list[str]:
-    model: Any = Campaign
+def _known_keys(path: list[Any], model: Any) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
