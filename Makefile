@@ -11,13 +11,14 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow test-gpu test-extras check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow test-chaos test-gpu test-extras check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
 	@echo "make rehearsal  run on a simulated region and score every stage; runs/rehearsal/"
 	@echo "make test       lint, types, unit and workflow tests"
 	@echo "make test-slow  the long tests"
+	@echo "make test-chaos runs that are killed, about half an hour"
 	@echo "make test-browser  pages in Chromium"
 	@echo "make test-gpu   training and prediction on a GPU beside the processor"
 	@echo "make bench      print the benchmark tables"
@@ -57,10 +58,14 @@ format: $(READY)
 	snakefmt workflow
 
 test: lint
-	pytest -m "not slow and not online and not gpu" tests
+	pytest -m "not slow and not online and not gpu and not chaos" tests
 
 test-slow: $(READY)
 	pytest -m slow tests
+
+# Whole runs, killed at 30 random moments; TERRALOOM_CHAOS_SEED=n repeats them.
+test-chaos: $(READY)
+	pytest -m chaos tests
 
 # On a machine with a CUDA build of torch; elsewhere all of them are skipped.
 test-gpu: $(READY)

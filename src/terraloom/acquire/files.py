@@ -30,6 +30,7 @@ from terraloom.errors import SceneError
 from terraloom.grid import pixel_area_m2
 from terraloom.io import cog_from_windows, geobox_of, replace_folder, write_text
 from terraloom.log import get_logger, progress
+from terraloom.scratch import prefix
 
 __all__ = ["CUBE_SIZES_M", "import_files"]
 
@@ -62,7 +63,7 @@ def import_files(spec: Path, out_dir: Path) -> Path:
     """
     source, name = read_spec(spec), safe_id(out_dir.name)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=".tmp-files-"))
+    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=prefix("files")))
     try:
         items = local_items(source, Path(spec))
         records = list(_write_items(source, name, items, tmp))

@@ -6,9 +6,9 @@ verbs registers them when it is imported.
 
 # In the order of the help: verbs for people, then the stages.
 # isort: off
-from terraloom.cli import people, state, scenes, model, products
+from terraloom.cli import people, runs, state, scenes, model, products
 # isort: on
 
 from terraloom.cli.base import app, main
 
-__all__ = ["app", "main", "model", "people", "products", "scenes", "state"]
+__all__ = ["app", "main", "model", "people", "products", "runs", "scenes", "state"]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from terraloom.errors import StateError
+from terraloom.scratch import prefix
 
 __all__ = ["Spool"]
 
@@ -26,7 +27,7 @@ class Spool:
 
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=".tmp-spool-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix("spool"), dir=parent))
         self._files: dict[str, IO[bytes]] = {}
         self._like: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self.count = 0

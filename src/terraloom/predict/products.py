@@ -6,8 +6,6 @@ made beside the final ones and moved when the last is done, so the map is never 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from terraloom.predict.tile_products import tile_products, tile_records
 from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
 from terraloom.predict.trust import TrustFacts
 from terraloom.preprocess.reasons import Reason
+from terraloom.scratch import scratch_folder, sweep
 
 __all__ = ["MAP", "mosaic_products"]
 
@@ -56,11 +55,8 @@ def mosaic_products(campaign: Campaign, grid: CampaignGrid) -> None:
     check_tiles(campaign, grid, specs, grid.tiles())
     picture = picture_of(grid)
     tags = map_tags(campaign)
-    MAP.mkdir(parents=True, exist_ok=True)
-    for left in MAP.glob(".tmp-map-*"):  # of a job that was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=MAP, prefix=".tmp-map-") as made:
-        folder = Path(made)
+    sweep([MAP])  # of a job that was killed
+    with scratch_folder(MAP, "map") as folder:
         if campaign.products.layout == "tiles":
             _indexes(folder, campaign, grid, tile_products(specs), tags)
         else:
@@ -113,9 +109,9 @@ def _sieved(
                              "connectivity": keys.connectivity}  # fmt: skip
     area = np.zeros(256)
     codes = [c for c in spec.colormap or {} if c != NODATA_CODE]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-sieve-") as scratch:
+    with scratch_folder(folder, "sieve") as scratch:
         windows = sieved_windows(
-            _windows(grid, read, spec), grid, Path(scratch), least=least,
+            _windows(grid, read, spec), grid, scratch, least=least,
             connectivity=keys.connectivity, facts=facts,
         )  # fmt: skip
 

@@ -52,6 +52,7 @@ from terraloom.config.simulation import Simulation
 from terraloom.grid import coarsen, pad
 from terraloom.io import replace_folder, write_json, write_raster, write_text
 from terraloom.log import get_logger, progress
+from terraloom.scratch import prefix
 
 __all__ = ["COLLECTIONS", "build_region"]
 
@@ -105,7 +106,7 @@ def build_region(sim: Simulation, out_dir: Path) -> Path:
         Path of the STAC ``catalog.json`` inside ``out_dir``.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=".tmp-simulate-"))
+    tmp = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=prefix("simulate")))
     try:
         region = _Region(sim, build_landscape(sim), tmp)
         _write_dem(region)
