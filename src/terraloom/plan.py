@@ -25,9 +25,12 @@ from terraloom.io import digest_json, write_text
 from terraloom.origin import map_digest
 
 __all__ = [
-    "SUFFIXES", "Plan", "Resolved", "campaign_values", "product_names", "product_path",
-    "product_suffix", "resolve_campaign",
+    "CUBES", "SUFFIXES", "TILES", "Plan", "Resolved", "campaign_values", "product_names",
+    "product_path", "product_suffix", "resolve_campaign",
 ]  # fmt: skip
+
+#: Stores of tiles: their cubes, and what is predicted.
+CUBES, TILES = Path("work/cube"), Path("work/predict")
 
 #: From a tile to its neighbours.
 STEPS = (-1, 0, 1)

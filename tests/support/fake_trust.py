@@ -127,9 +127,11 @@ def _regions(folder: Path, b: Any) -> None:
                 "independent_se": None if se is None else se / 8,
                 "independent_low": None if v is None else v - 0.2,
                 "independent_high": None if v is None else v + 0.2, "effective_px": 50.0,
+                "inside_pct": 88.0, "ensemble_sd": None if v is None else 0.03 * v,
             })  # fmt: skip
     gpd.GeoDataFrame(frame, geometry=shapes, crs="EPSG:32632").to_file(folder / "regions.gpkg")
     write_json(folder / "regions.json", {
         "file": "districts.gpkg", "crs": "EPSG:32632", "level": 0.9, "method": "model-based",
-        "regions": len(names), "rows": rows, "notes": ["These figures rest on the model."],
+        "regions": len(names), "rows": rows, "networks": 8,
+        "applicability": True, "notes": ["These figures rest on the model."],
     })  # fmt: skip

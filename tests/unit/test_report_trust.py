@@ -48,6 +48,8 @@ def test_the_page_says_what_is_like_the_training_data(page: str) -> None:
 
 def test_regions_have_a_table_and_maps(page: str) -> None:
     assert 'id="regions"' in page
+    assert "Between networks<br><small>sd of 8</small>" in page
+    assert "Inside<br><small>applicability</small>" in page
     assert "district 3" in page
     assert "8 times too narrow" in page
     assert "share of each region" in page

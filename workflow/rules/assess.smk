@@ -100,6 +100,7 @@ if CAMPAIGN.regions:
             products=PLAN.product_files,
             covariance="results/model/covariance.json",
             regions=CAMPAIGN.regions.file,
+            tiles=expand("work/predict/{batch}.json", batch=BATCHES),
         output:
             table="results/map/regions.csv",
             polygons="results/map/regions.gpkg",
@@ -113,7 +114,7 @@ if CAMPAIGN.regions:
             mem_mb=mem_mb(3000),
             runtime=minutes(60),
         params:
-            config=keys("regions", "tasks"),
+            config=keys("regions", "tasks", "uncertainty.applicability"),
             code=code_digest("assess.regions"),
         message:
             "Areas, means and totals of the regions"

@@ -55,6 +55,7 @@ rule predict_tiles:
             "uncertainty.sets",
             "uncertainty.applicability",
         ),
+        spread=CAMPAIGN.regions is not None,
         code=code_digest("predict.engine"),
     message:
         "Predict the tiles of {wildcards.batch}"

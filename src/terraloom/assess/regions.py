@@ -12,7 +12,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import geopandas as gpd
 import numpy as np
@@ -24,13 +24,16 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 from scipy.stats import norm
 
+from terraloom.aoi import campaign_grid
 from terraloom.assess.areas import PixelAreas
+from terraloom.assess.member_spread import MemberCells, member_spread
 from terraloom.assess.region_file import RegionSet, read_regions
 from terraloom.assess.run import MAP, NOT_AN_ESTIMATE
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign, Regions
 from terraloom.config.labels import Task
 from terraloom.errors import AoiError, ConfigError, ModelError, StateError
+from terraloom.grid import Tile
 from terraloom.io import (
     GDAL_ENV,
     INDEXES,
@@ -44,6 +47,8 @@ from terraloom.io import (
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.plan import product_path
+from terraloom.predict.encoding import APPLICABILITY_NODATA
+from terraloom.predict.members import member_layer
 from terraloom.uncertainty.covariance import ErrorCovariance
 from terraloom.uncertainty.regions import Block, RegionSums, Window, sum_regions
 
@@ -89,15 +94,22 @@ def aggregate_regions(campaign: Campaign) -> None:
             f"{campaign.regions.file}", allowed="at least one region on the map",
             fix="check the CRS of the file and the area of interest",
         )  # fmt: skip
-    rows = _class_rows(campaign.land_cover.name, regions, sums, legend, campaign.regions.level)
+    inside = _inside(regions, geobox, areas) if campaign.uncertainty.applicability else None
+    tiles, level = campaign_grid(campaign).tiles(), campaign.regions.level
+    spread = _spread(campaign.land_cover, regions, geobox, tiles)
+    heads = _heads(regions, sums, inside)
+    rows = _class_rows(campaign.land_cover.name, heads, sums, legend, level, spread.sd)
     measured = {campaign.land_cover.name: dict(zip(legend.names, cover, strict=True))}
     for task in campaign.tasks:
         if task.kind is TaskKind.REGRESSION:
             record = known[task.name]["value"]
             found = _regression(task, regions, geobox, areas, _covariance(record))
-            rows += _value_rows(task, regions, found, campaign.regions.level)
+            heads, sd = _heads(regions, found, inside), _spread(task, regions, geobox, tiles).sd
+            rows += _value_rows(task, heads, found, level, sd)
             measured[task.name] = {"value": record}
     facts = _facts(campaign.regions, regions, sums, measured, rows)
+    facts |= {"networks": spread.networks, "applicability": inside is not None}
+    facts["notes"] += _notes_of_spread(spread.networks, inside is not None)
     _write(rows, regions, facts, str(geobox.crs))
     log.info("%d regions, %d with mapped pixels", len(sums), sum(s.covered > 0 for s in sums))
 
@@ -191,14 +203,18 @@ def regression_blocks(src: DatasetReader) -> Callable[[Window], Block]:
     return read
 
 
+def _same_pixels(path: Path, geobox: GeoBox) -> None:
+    if geobox_of(path) != geobox:
+        raise StateError("other pixels than the class map", where=str(path),
+                         fix="run target `map` again")  # fmt: skip
+
+
 def _regression(
     task: Task, regions: RegionSet, geobox: GeoBox, areas: PixelAreas,
     covariance: ErrorCovariance | None,
 ) -> list[RegionSums]:  # fmt: skip
     path = product_path(task.name, MAP)
-    if geobox_of(path) != geobox:
-        raise StateError("other pixels than the class map", where=str(path),
-                         fix="run target `map` again")  # fmt: skip
+    _same_pixels(path, geobox)
     with rasterio.Env(**GDAL_ENV), open_file(path, INDEXES) as src:
         return sum_regions(
             regions.polygons, geobox, regression_blocks(src), layers=1, areas=areas.window,
@@ -206,9 +222,45 @@ def _regression(
         )  # fmt: skip
 
 
+def _inside(regions: RegionSet, geobox: GeoBox, areas: PixelAreas) -> list[float] | None:
+    """Share of each region's mapped pixels inside the area of applicability, percent."""
+    path = product_path("applicability", MAP)
+    if not path.exists():
+        return None
+    _same_pixels(path, geobox)
+    with rasterio.Env(**GDAL_ENV), open_file(path, INDEXES) as src:
+
+        def read(window: Window) -> Block:
+            inside = src.read(3, window=RasterWindow.from_slices(*window))
+            valid = (inside != APPLICABILITY_NODATA).astype(np.float32)
+            return Block((inside == 1).astype(np.float32)[None], valid)
+
+        sums = sum_regions(regions.polygons, geobox, read, layers=1, areas=areas.window)
+    return [float(100 * s.total[0] / s.covered) if s.covered else np.nan for s in sums]
+
+
+class _Spread(NamedTuple):
+    """Between networks: their number (0: not known), and sd (N, c) of the mean over regions."""
+
+    networks: int
+    sd: npt.NDArray[np.float64] | None
+
+
+def _spread(task: Task, regions: RegionSet, geobox: GeoBox, tiles: Sequence[Tile]) -> _Spread:
+    cells = MemberCells(member_layer(task), geobox, tiles)
+    if cells.missing or cells.members < 2:
+        log.warning(
+            "%s: no spread between networks; %d of %d predicted tiles lack the layer %s", task.name,
+            len(cells.missing), len(tiles), member_layer(task),
+        )  # fmt: skip
+        return _Spread(0, None)
+    return _Spread(cells.members, member_spread(cells, regions.polygons))
+
+
 def _class_rows(
-    name: str, regions: RegionSet, sums: Sequence[RegionSums], legend: Legend, level: float
-) -> list[dict[str, Any]]:
+    name: str, heads: Sequence[dict[str, Any]], sums: Sequence[RegionSums], legend: Legend,
+    level: float, spread: npt.NDArray[np.float64] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row per region and class: areas in hectares."""
     rows = []
     for i, s in enumerate(sums):
@@ -222,18 +274,20 @@ def _class_rows(
             )
             top = s.covered / 1e4
             rows.append(
-                _head(regions, i, s)
+                heads[i]
                 | {"task": name, "class": label, "quantity": "area", "unit": "ha",
                    "map_value": s.counted[code] / 1e4 if s.covered else None}
                 | _interval(value, sd, alone, level, (0.0, top))
-                | {"effective_px": _effective(s, k)}
+                | {"effective_px": _effective(s, k),
+                   "ensemble_sd": None if spread is None else float(spread[i, k]) * top}
             )  # fmt: skip
     return rows
 
 
 def _value_rows(
-    task: Task, regions: RegionSet, sums: Sequence[RegionSums], level: float
-) -> list[dict[str, Any]]:
+    task: Task, heads: Sequence[dict[str, Any]], sums: Sequence[RegionSums], level: float,
+    spread: npt.NDArray[np.float64] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Two rows per region: mean, and total (mean x area, per hectare)."""
     rows = []
     low, high = task.range if task.range is not None else (-np.inf, np.inf)
@@ -246,21 +300,33 @@ def _value_rows(
         unit = task.unit or ""
         for what, factor, of in (("mean", 1.0, unit), ("total", ha, f"{unit} x ha".strip())):
             rows.append(
-                _head(regions, i, s)
+                heads[i]
                 | {"task": task.name, "class": "", "quantity": what, "unit": of, "map_value": None}
                 | _interval(value * factor, sd * factor, alone * factor, level,
                             (low * factor, high * factor) if s.covered else (low, high))
-                | {"effective_px": _effective(s, 0)}
+                | {"effective_px": _effective(s, 0),
+                   "ensemble_sd": None if spread is None else float(spread[i, 0]) * factor}
             )  # fmt: skip
     return rows
 
 
-def _head(regions: RegionSet, i: int, s: RegionSums) -> dict[str, Any]:
-    area = float(regions.area_m2[i])
-    return {
-        "region": regions.names[i], "area_ha": area / 1e4, "mapped_ha": s.covered / 1e4,
-        "mapped_pct": min(100.0, 100 * s.covered / area), "pixels": s.pixels,
-    }  # fmt: skip
+def _heads(
+    regions: RegionSet, sums: Sequence[RegionSums], inside: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """What all rows of a region begin with."""
+    return [
+        {
+            "region": name,
+            "area_ha": area / 1e4,
+            "mapped_ha": s.covered / 1e4,
+            "mapped_pct": min(100.0, 100 * s.covered / area),
+            "pixels": s.pixels,
+            "inside_pct": None if inside is None else inside[i],
+        }
+        for i, (name, area, s) in enumerate(
+            zip(regions.names, regions.area_m2.tolist(), sums, strict=True)
+        )
+    ]
 
 
 def _interval(
@@ -317,6 +383,8 @@ COLUMNS = {
     "mapped_ha": "area of its mapped pixels, by exact cover; all figures are of this part",
     "mapped_pct": "that as share of its area, percent",
     "pixels": "mapped pixels, by cover",
+    "inside_pct": "share of the mapped area inside the area of applicability, like the training "
+    "data, percent; empty without that layer",
     "task": "task of the campaign",
     "class": "class; empty for values",
     "quantity": "area, mean or total",
@@ -330,6 +398,8 @@ COLUMNS = {
     "independent_low": "lower end with it",
     "independent_high": "upper end with it",
     "effective_px": "independent pixels that would leave the same error",
+    "ensemble_sd": "standard deviation of the figure between the networks of the ensemble; empty "
+    "where prediction kept none of them",
 }
 
 
@@ -357,6 +427,21 @@ def _notes(
     return notes
 
 
+def _notes_of_spread(networks: int, applicability: bool) -> list[str]:
+    notes = []
+    if networks:
+        notes.append(
+            f"The spread between the {networks} networks says how far the figure depends on which "
+            "of them one has. It is no standard error: what all of them get wrong is not in it."
+        )
+    if applicability:
+        notes.append(
+            "Figures of regions of which a small share is inside the area of applicability rest on "
+            "ground unlike all training data; their intervals do not know that."
+        )
+    return notes
+
+
 def _write(rows: list[dict[str, Any]], regions: RegionSet, facts: dict[str, Any], crs: str) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
@@ -378,17 +463,23 @@ def _shown(value: Any) -> Any:
     return "" if value is None else value
 
 
+#: Columns of a region in the GeoPackage, before its figures.
+_ONCE = ("region", "area_ha", "mapped_ha", "mapped_pct", "inside_pct")
+
+
 def _wide(rows: list[dict[str, Any]], regions: RegionSet) -> list[dict[str, Any]]:
     """One row per region, for a map of regions: shares of classes (percent) and means."""
     wide: dict[str, dict[str, Any]] = {n: {} for n in regions.names}
     for r in rows:
         out = wide[r["region"]]
         if not out:
-            out |= {k: r[k] for k in ("region", "area_ha", "mapped_ha", "mapped_pct")}
+            out |= {k: r[k] for k in _ONCE}
         if r["quantity"] == "total":
             continue
         share = r["quantity"] == "area"
         factor = (100 / r["mapped_ha"] if r["mapped_ha"] else np.nan) if share else 1.0
         key = f"{r['class']} pct" if share else f"{r['task']} mean"
         out |= {key: r["value"] * factor, f"{key} se": r["se"] * factor}
+        if r["ensemble_sd"] is not None:
+            out[f"{key} spread"] = r["ensemble_sd"] * factor
     return list(wide.values())

@@ -25,12 +25,15 @@ _FLOOR = np.float32(1e-12)
 _SUM_TOLERANCE = 5e-3
 
 
-def calibrated_parts(members: F32, calibration: Calibration) -> EntropyParts:
+def calibrated_parts(
+    members: F32, calibration: Calibration, keep: F32 | None = None
+) -> EntropyParts:
     """Mean of the calibrated members, and the entropies, of a window.
 
     Args:
         members: (M, K, h, w) probabilities of the members; a pixel with NaN is invalid.
         calibration: Of the task.
+        keep: (M, K, h, w) array that gets the calibrated members; None: they are not wanted.
 
     Returns:
         As of :func:`decompose_entropy`.
@@ -45,16 +48,19 @@ def calibrated_parts(members: F32, calibration: Calibration) -> EntropyParts:
     scale = np.array(calibration.scale, np.float32)[:, None]
     shift = np.array(calibration.shift, np.float32)[:, None] if any(calibration.shift) else None
     flat = members.reshape(m, k, h * w)
+    kept = None if keep is None else keep.reshape(m, k, h * w)  # a view: `keep` is contiguous
     mean, parts = np.empty((k, h * w), np.float32), np.empty((3, h * w), np.float32)
     step = max(1, _STRIP_VALUES // k)
     for start in range(0, h * w, step):
         here = slice(start, start + step)
         total = np.zeros(mean[:, here].shape, np.float32)
         aleatoric = np.zeros(total.shape[1:], np.float32)
-        for p in flat[:, :, here]:
+        for i, p in enumerate(flat[:, :, here]):
             _require_probabilities(p)
             sharp, entropy = _rescaled(p, scale, shift)
             total += sharp
+            if kept is not None:
+                kept[i, :, here] = sharp
             aleatoric += entropy
         total /= m
         aleatoric /= m

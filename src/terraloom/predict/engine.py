@@ -21,6 +21,7 @@ from terraloom.grid import CampaignGrid, Tile, row_areas_m2
 from terraloom.io import digest_json, read_json, read_store, write_json
 from terraloom.log import get_logger
 from terraloom.models.registry import card_path, check_contract
+from terraloom.plan import CUBES, TILES
 from terraloom.predict.ensemble import Ensemble, member_files
 from terraloom.predict.layers import Layers
 from terraloom.predict.overlap import overlapped
@@ -32,9 +33,6 @@ from terraloom.state import code_digest
 from terraloom.train.run import task_specs
 
 __all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
-
-CUBES = Path("work/cube")
-TILES = Path("work/predict")
 
 #: Most bytes that the values of the windows in flight take: one read, one predicted, one written.
 _MOST_BYTES = 1_500_000_000
@@ -161,7 +159,7 @@ def predict_tiles(
     windows = cut(tiles, grid.tile_px, fitting_window_px(campaign, ensemble), ensemble.stride_px)
     wanted = [(w, held) for w, held in windows if any(t.name in todo for t in held)]
     layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits,
-                    ensemble.trust)  # fmt: skip
+                    ensemble.trust, spread=campaign.regions is not None)  # fmt: skip
     batches = list(in_batches(wanted, how.batch))
     halo, stride = ensemble.halo_px, ensemble.stride_px
     done, last = 0, time.monotonic()
@@ -227,7 +225,8 @@ def _digests(
     tasks = [t.model_dump(mode="json") for t in campaign.tasks]
     how = campaign.predict
     means = [how.runtime, how.precision, how.views, how.dropout_passes,
-             how.dropout_passes and campaign.seed, campaign.products.probability_bits]  # fmt: skip
+             how.dropout_passes and campaign.seed, campaign.products.probability_bits,
+             campaign.regions is not None]  # fmt: skip
     found = {}
     for tile in tiles:
         around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))

@@ -15,10 +15,12 @@ from terraloom.legend import IGNORE_INDEX
 from terraloom.models.mapnet import FEATURES
 from terraloom.predict.calibration import calibrated_parts
 from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode, encode_sets
+from terraloom.predict.members import encode_members, member_layer
 from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.conformal import ClassSets, Interval
 from terraloom.uncertainty.decompose import (
+    EntropyParts,
     decompose_regression,
     encode_entropy,
 )
@@ -45,12 +47,14 @@ class Layers:
         calibrations: Per segmentation task.
         probability_bits: Of stored probabilities, 8 or 16.
         trust: Sets, intervals and applicability.
+        spread: Whether means of the single members are kept, for totals of regions.
     """
 
     tasks: Sequence[Task]
     calibrations: Mapping[str, Calibration]
     probability_bits: int = 8
     trust: Trust = field(default_factory=Trust)
+    spread: bool = False
 
     def encode(self, values: Mapping[str, F32], valid: Valid) -> dict[str, npt.NDArray[Any]]:
         """Layers of a window, encoded as in the products.
@@ -62,7 +66,8 @@ class Layers:
         Returns:
             (h, w) or (n, h, w) per layer: ``class_index`` (255 = none), ``probabilities``,
             ``uncertainty``, and one of the name of each further task; what :attr:`trust` knows:
-            ``conformal_set``, ``applicability``, bounds of values.
+            ``conformal_set``, ``applicability``, bounds of values. With :attr:`spread` also
+            :func:`member_layer` of classes and values, (M, c, h / 6, w / 6).
         """
         out: dict[str, npt.NDArray[Any]] = {}
         code = PROBABILITY_CODES[self.probability_bits]
@@ -70,10 +75,16 @@ class Layers:
             members = values[task.name]
             if task.kind is TaskKind.SEGMENTATION:
                 sets = self.trust.sets.get(task.name)
-                out.update(_classes(members, self.calibrations[task.name], code, valid, sets))
+                kept = np.empty_like(members, order="C") if self.spread else None
+                found = calibrated_parts(members, self.calibrations[task.name], kept)
+                out.update(_classes(found, code, valid, sets))
+                if kept is not None:
+                    out[member_layer(task)] = encode_members(kept, valid, task.kind)
             elif task.kind is TaskKind.REGRESSION:
                 span = self.trust.intervals.get(task.name)
                 out[task.name] = _regression(members, valid, task.range, span)
+                if self.spread:
+                    out[member_layer(task)] = encode_members(members[:, :1], valid, task.kind)
             else:
                 out[task.name] = code.encode(members.mean(axis=0)[0], valid)
         if FEATURES in values:
@@ -83,18 +94,15 @@ class Layers:
     @staticmethod
     def dims(name: str, ndim: int) -> tuple[str, ...]:
         """Names of a layer's dimensions in the store of a tile."""
+        if ndim == 4:
+            return ("member", "channel", "y_cell", "x_cell")
         return ("y", "x") if ndim == 2 else (_FIRST.get(name, "part"), "y", "x")
 
 
 def _classes(
-    members: F32,
-    calibration: Calibration,
-    code: ProbabilityCode,
-    valid: Valid,
-    sets: ClassSets | None,
+    parts: EntropyParts, code: ProbabilityCode, valid: Valid, sets: ClassSets | None
 ) -> dict[str, npt.NDArray[Any]]:
-    parts = calibrated_parts(members, calibration)
-    k = members.shape[1]
+    k = len(parts.mean)
     index = parts.mean.argmax(axis=0).astype(np.uint8)
     index[~valid] = IGNORE_INDEX
     entropies = [encode_entropy(e, k, valid) for e in

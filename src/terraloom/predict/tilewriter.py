@@ -100,9 +100,11 @@ class TileWriter:
             place = Window.of(tile, self._grid.tile_px)
             part = window.common(place)
             here, there = part.within(window), part.within(place)
-            target = self._target(tile, found)
+            target = self._target(tile, found, window.height)
             for name, array in found.items():
-                target.arrays[name][(..., *there)] = array[(..., *here)]
+                step = window.height // array.shape[-2]
+                at, of = _cells(there, step), _cells(here, step)
+                target.arrays[name][(..., *at)] = array[(..., *of)]
             target.left -= 1
             if not target.left:
                 target.store.attrs.update({"tile": tile.name, "digest": self._digests[tile.name]})
@@ -111,7 +113,7 @@ class TileWriter:
                 name = f"{tile.name}.zip"
                 (self._begun / name).replace(self._folder / name)
 
-    def _target(self, tile: Tile, like: Mapping[str, Array]) -> _Open:
+    def _target(self, tile: Tile, like: Mapping[str, Array], height: int) -> _Open:
         if tile.name in self._open:
             return self._open[tile.name]
         stack = ExitStack()
@@ -119,7 +121,8 @@ class TileWriter:
         store = stack.enter_context(TileStore(path, tile.geobox.crs))
         target = self._open[tile.name] = _Open(store, stack, self._left[tile.name])
         for name, array in sorted(like.items()):
-            shape = (*array.shape[:-2], *tile.geobox.shape)
+            step = height // array.shape[-2]
+            shape = (*array.shape[:-2], *(n // step for n in tile.geobox.shape))
             dims = self._layers.dims(name, array.ndim)
             target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), plain=True)
         return target
@@ -133,8 +136,8 @@ def encoded(
     h, w = reasons.shape
     valid = (reasons & np.uint8(INVALID)) == 0
     per_row = w * max(v.shape[0] * v.shape[1] for v in values.values())
-    step = max(_STRIP_VALUES // per_row // _STRIP_ROWS, 1) * _STRIP_ROWS
-    strips = [slice(r, min(r + step, h)) for r in range(0, h, step)]
+    most = max(_STRIP_VALUES // per_row // _STRIP_ROWS, 1) * _STRIP_ROWS
+    strips = [slice(r, min(r + most, h)) for r in range(0, h, most)]
 
     def one(rows: slice) -> dict[str, Array]:
         return layers.encode({k: v[..., rows, :] for k, v in values.items()}, valid[rows])
@@ -143,6 +146,17 @@ def encoded(
     for rows, found in zip(strips, pool.map(one, strips), strict=True):
         for name, part in found.items():
             if name not in out:
-                out[name] = np.empty((*part.shape[:-2], h, w), part.dtype)
-            out[name][..., rows, :] = part
+                step = w // part.shape[-1]
+                out[name] = np.empty((*part.shape[:-2], h // step, w // step), part.dtype)
+            at = _cells((rows, slice(0, w)), w // part.shape[-1])
+            out[name][(..., *at)] = part
     return out
+
+
+def _cells(at: tuple[slice, slice], step: int) -> tuple[slice, slice]:
+    """Pixels of whole cells as cells of ``step`` pixels."""
+    rows, cols = at
+    return (
+        slice(rows.start // step, rows.stop // step),
+        slice(cols.start // step, cols.stop // step),
+    )

@@ -40,19 +40,23 @@ def regions(root: Path, legend: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         "notes": [str(n) for n in raw.get("notes") or []],
         "maps": _maps(root / "map" / "regions.gpkg", legend),
         "naive": float(np.median(narrow)) if narrow else None,
+        "networks": int(raw.get("networks") or 0),
+        "applicability": bool(raw.get("applicability")),
     }
 
 
 def _row(raw: Mapping[str, Any]) -> dict[str, Any]:
     area = raw["quantity"] == "area"
     show = formats.hectares if area else formats.number
-    cells = {k: show(raw.get(k)) for k in ("value", "low", "high", "map_value")}
+    cells = {k: show(raw.get(k)) for k in ("value", "low", "high", "map_value", "ensemble_sd")}
+    inside = raw.get("inside_pct")
     what = raw["class"] or f"{facts.label(str(raw['task']).replace('-', '_'))}, {raw['quantity']}"
     return cells | {
         "region": str(raw["region"]),
         "what": str(what),
         "unit": str(raw["unit"] or ""),
         "mapped": formats.interval(raw.get("mapped_pct")).value / 100,
+        "inside": None if inside is None else float(inside) / 100,
         "naive": f"{show(raw.get('independent_low'))} to {show(raw.get('independent_high'))}",
     }
 

@@ -101,6 +101,7 @@ def sum_regions(
     areas: Callable[[slice, slice], Floats] | None = None,
     covariances: Sequence[ErrorCovariance | None] = (),
     grid_bytes: int = GRID_BYTES,
+    size: tuple[int, int] | None = None,
 ) -> list[RegionSums]:
     """Sums of the layers of a raster over polygons, with their variance.
 
@@ -113,12 +114,13 @@ def sum_regions(
         areas: True areas of the pixels of a window; default: 1 each.
         covariances: Of the errors of each layer; none: no variance is computed.
         grid_bytes: Memory for grids, bytes.
+        size: Rows and columns of the windows that are read; default: 1024 x 2048.
 
     Returns:
         One per region, in order; of a region outside the raster all sums are 0.
     """
     opened = [_open(p, geobox, layers, codes) for p in regions]
-    windows = list(_windows(geobox))
+    windows = list(_windows(geobox, size or (_ROWS, _COLS)))
     touching = [[k for k, o in enumerate(opened) if _meet(o.window, w)] for w in windows]
     for here in touching:
         for k in here:
@@ -152,11 +154,11 @@ def _open(polygon: BaseGeometry, geobox: GeoBox, layers: int, codes: int) -> _Op
     return _Open(outline, window, 0, nothing)
 
 
-def _windows(geobox: GeoBox) -> Iterator[Window]:
+def _windows(geobox: GeoBox, size: tuple[int, int]) -> Iterator[Window]:
     h, w = geobox.shape
-    for r in range(0, h, _ROWS):
-        for c in range(0, w, _COLS):
-            yield slice(r, min(r + _ROWS, h)), slice(c, min(c + _COLS, w))
+    for r in range(0, h, size[0]):
+        for c in range(0, w, size[1]):
+            yield slice(r, min(r + size[0], h)), slice(c, min(c + size[1], w))
 
 
 def _meet(region: tuple[int, int, int, int], window: Window) -> bool:
