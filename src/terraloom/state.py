@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
+from collections.abc import Iterator
+from dis import opmap
 from functools import lru_cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
+from typing import cast
 
 __all__ = ["code_digest", "files_digest"]
 
@@ -15,10 +19,11 @@ _PACKAGE = "terraloom"
 
 @lru_cache(maxsize=256)
 def code_digest(*modules: str) -> str:
-    """Digest of the source of modules and of all package modules that they import.
+    """Digest of the code of modules and of all package modules that they import.
 
-    Nothing is imported: the import statements are read from the source, so this is quick and
-    the same on every machine. Comments and layout do not count, docstrings do.
+    Nothing is imported: instructions, constants and names are taken from the compiled source,
+    which Python keeps beside it. So this is quick, and the same for one release of Python (such
+    as 3.11). Comments and blank lines do not count, docstrings do.
 
     Args:
         *modules: Dotted names below ``terraloom``, such as ``"preprocess.masks"``.
@@ -27,12 +32,12 @@ def code_digest(*modules: str) -> str:
     seen: dict[str, str] = {}
     while todo:
         name = todo.pop()
-        file = _file_of(name)
-        if name in seen or file is None:
+        if name in seen:
             continue
-        tree, digest = _parsed(file)
-        seen[name] = digest
-        todo.extend(_imports(tree))
+        file = _file_of(name)
+        if file is not None:
+            seen[name], imports = _compiled(name, file)
+            todo.extend(imports)
     text = "".join(f"{n}:{d};" for n, d in sorted(seen.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -47,12 +52,7 @@ def files_digest(folder: str) -> str:
     return h.hexdigest()[:16]
 
 
-@lru_cache(maxsize=256)
-def _parsed(file: Path) -> tuple[ast.Module, str]:
-    tree = ast.parse(file.read_bytes())
-    return tree, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
+@lru_cache(maxsize=1024)
 def _file_of(name: str) -> Path | None:
     parts = name.split(".")[1:]
     base = _ROOT.joinpath(*parts)
@@ -62,12 +62,55 @@ def _file_of(name: str) -> Path | None:
     return None
 
 
-def _imports(tree: ast.Module) -> list[str]:
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_PACKAGE):
-            found.append(str(node.module))
-            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            found.extend(a.name for a in node.names if a.name.startswith(_PACKAGE))
-    return found
+@lru_cache(maxsize=1024)
+def _compiled(name: str, file: Path) -> tuple[str, tuple[str, ...]]:
+    """Digest of a module's own code, and the package modules it imports anywhere in it."""
+    code = cast(CodeType, SourceFileLoader(name, str(file)).get_code(name))
+    h, imports = hashlib.sha256(), set[str]()
+    for part in _parts(code):
+        for content in (
+            part.co_name, part.co_flags, part.co_argcount, part.co_posonlyargcount,
+            part.co_kwonlyargcount, part.co_code, part.co_exceptiontable, part.co_names,
+            part.co_varnames, part.co_cellvars, part.co_freevars,
+        ):  # fmt: skip
+            h.update(repr(content).encode() + b"\0")
+        h.update("\0".join(map(_written, part.co_consts)).encode() + b"\0")
+        imports.update(_imports(part))
+    return h.hexdigest(), tuple(sorted(imports))
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    """A module's code and that of its functions and classes, in the order of the source."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+
+
+def _written(constant: object) -> str:
+    """A constant as text: the same in every process, unlike the order of a set."""
+    if isinstance(constant, CodeType):
+        return "code"
+    if isinstance(constant, tuple | frozenset):
+        words = [_written(v) for v in constant]
+        kind = "tuple" if isinstance(constant, tuple) else "set"
+        return f"{kind}({','.join(words if kind == 'tuple' else sorted(words))})"
+    return f"{type(constant).__name__} {constant!r}"
+
+
+def _imports(code: CodeType) -> Iterator[str]:
+    """Names that ``import terraloom...`` and ``from terraloom... import ...`` may load."""
+    if not any(name.startswith(_PACKAGE) for name in code.co_names):
+        return
+    high = constant = 0
+    for operation, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        argument = high << 8 | low
+        high = argument if operation == opmap["EXTENDED_ARG"] else 0
+        if operation == opmap["LOAD_CONST"]:
+            constant = argument
+        elif operation == opmap["IMPORT_NAME"]:
+            module = code.co_names[argument]
+            if module.startswith(_PACKAGE):
+                yield module
+                # The constant loaded last holds the names after `import`, or None.
+                yield from (f"{module}.{name}" for name in code.co_consts[constant] or ())

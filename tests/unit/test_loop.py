@@ -204,6 +204,7 @@ leave_world()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_with_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(_TORCHRUN.format(paths=[str(ROOT / "tests/unit"), str(ROOT / "tests")]))

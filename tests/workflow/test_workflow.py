@@ -66,13 +66,6 @@ def test_a_dry_run_shows_the_whole_plan_and_writes_nothing(
     assert not written
 
 
-def test_lint_and_format_are_clean() -> None:
-    lint = command("snakemake", "--lint", ok=False)
-    assert lint.returncode == 0, lint.stderr
-    style = command("snakefmt", "--check", "--compact-diff", "workflow", ok=False)
-    assert style.returncode == 0, style.stdout + style.stderr
-
-
 def test_a_thousand_tiles_are_few_jobs(tmp_path: Path) -> None:
     """32 x 32 tiles of 3.84 km, packed."""
     keys = (
