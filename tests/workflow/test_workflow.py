@@ -43,6 +43,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "simulate": 1,
                 "draw_sample": 1,
                 "write_labelling_page": 1,
+                "aggregate_regions": 1,
                 "score_rehearsal": 1,
                 "mask_scenes": 8,
                 "fit_baseline": 0,

@@ -27,6 +27,7 @@ if CAMPAIGN.archive.kind == "simulated":
         output:
             "resources/simulated/catalog.json",
             "resources/simulated/labels.gpkg",
+            "resources/simulated/regions.gpkg",
             "resources/simulated/truth/truth.json",
         log:
             "logs/simulate.log",

@@ -131,6 +131,7 @@ if CAMPAIGN.archive.kind == "simulated":
             quality="results/scenes/quality.csv",
             held_out="results/model/held_out.json",
             labels="results/chips/labels.json",
+            regions="results/map/regions.json" if CAMPAIGN.regions else [],
             truth="resources/simulated/truth/truth.json",
         output:
             "results/map/scoreboard.json",
@@ -143,7 +144,7 @@ if CAMPAIGN.archive.kind == "simulated":
             mem_mb=mem_mb(4000),
             runtime=minutes(30),
         params:
-            config=keys("tasks", "grid"),
+            config=keys("tasks", "grid", "regions"),
             code=code_digest("assess.rehearsal"),
         message:
             "Compare every stage with the simulated truth"

@@ -14,6 +14,8 @@ import rasterio
 
 from terraloom.assess.areas import PixelAreas
 from terraloom.assess.estimators import AccuracyReport
+from terraloom.assess.region_file import read_regions
+from terraloom.assess.regional_truth import RegionalScores, score_regions, true_rows
 from terraloom.assess.run import MAP, TRUTH, _estimate
 from terraloom.assess.scoreboard import (
     areas_inside_ci,
@@ -60,6 +62,7 @@ def score_rehearsal(campaign: Campaign, grid: CampaignGrid) -> None:
         label_noise_recall=recall, label_noise_precision=precision,
         oa=oa, miou=miou, boundary=outlines, height_rmse_m=rmse, height_r2=r2,
         ece=_ece(legend, true_map), areas_inside_ci=inside, areas_total=total,
+        regional=_regions(campaign, legend, true_map, mapped),
     )  # fmt: skip
     write_json(MAP / "scoreboard.json", board)
     for key, value in board.items():
@@ -147,3 +150,17 @@ def _areas(
     domain = mapped != NODATA_CODE
     true = {c: float((area * (domain & (true_map == c))).sum()) for c in legend.codes}
     return areas_inside_ci(report, true)
+
+
+def _regions(
+    campaign: Campaign, legend: Legend, true_map: Codes, mapped: Codes
+) -> RegionalScores | None:
+    """How many intervals of regions hold the truth of their mapped part."""
+    if campaign.regions is None:
+        return None
+    geobox = geobox_of(product_path("class_map", MAP))
+    regions = read_regions(campaign.regions, str(geobox.crs))
+    measured = any(t.kind is TaskKind.REGRESSION for t in campaign.tasks)
+    height = _raster(TRUTH / "height.tif") if measured else None
+    truth = true_rows(regions, geobox, legend, true_map, mapped != NODATA_CODE, height)
+    return score_regions(read_json(MAP / "regions.json")["rows"], truth)

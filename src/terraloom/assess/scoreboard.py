@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from terraloom.assess.boundaries import boundary_iou
 from terraloom.assess.estimators import AccuracyReport
+from terraloom.assess.regional_truth import RegionalScores
 from terraloom.assess.reliability import confusion_matrix, skill_from_matrix
 from terraloom.errors import StateError
 from terraloom.preprocess.reasons import Reason
@@ -49,6 +50,10 @@ SCORE_KEYS = (
     "ece",
     "areas_inside_ci",
     "areas_total",
+    "region_areas_inside",
+    "region_areas_inside_naive",
+    "region_heights_inside",
+    "region_heights_inside_naive",
 )
 
 
@@ -245,6 +250,7 @@ def build_scoreboard(
     ece: float = nan,
     areas_inside_ci: float = nan,
     areas_total: float = nan,
+    regional: RegionalScores | None = None,
 ) -> dict[str, float | int | None]:
     """The scoreboard as a JSON-able table with exactly the keys `SCORE_KEYS`.
 
@@ -262,11 +268,13 @@ def build_scoreboard(
         ece: Expected calibration error of `train.calibrate`, 0-1.
         areas_inside_ci: First of `areas_inside_ci` (count).
         areas_total: Second of `areas_inside_ci` (count).
+        regional: Of `score_regions`, 0-1.
 
     Returns:
         Scores in the order of the stages; None for every score that was not given or is not
         finite. The two counts are integers.
     """
+    regional = regional or RegionalScores()
     given: dict[str, Any] = {
         "cloud_f1": cloud_f1,
         "shadow_f1": shadow_f1,
@@ -281,6 +289,10 @@ def build_scoreboard(
         "ece": ece,
         "areas_inside_ci": areas_inside_ci,
         "areas_total": areas_total,
+        "region_areas_inside": regional.areas,
+        "region_areas_inside_naive": regional.areas_naive,
+        "region_heights_inside": regional.heights,
+        "region_heights_inside_naive": regional.heights_naive,
     }
     counts = {"areas_inside_ci", "areas_total"}
     return {key: _score(given[key], whole=key in counts) for key in SCORE_KEYS}

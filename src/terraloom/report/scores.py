@@ -191,6 +191,30 @@ _SCORES: dict[str, tuple[str, str, str, str]] = {
     "boundary_iou": ("Map", "Boundary IoU", "%", "the same of the outermost 20 m of patches"),
     "height_rmse_m": ("Map", "Error of heights", "m", "root mean square"),
     "height_r2": ("Map", "R\u00b2 of heights", "", "1 is perfect, 0 no better than the mean"),
+    "region_areas_inside": (
+        "Regions",
+        "True areas inside their intervals",
+        "%",
+        "the level of the intervals is wanted",
+    ),
+    "region_areas_inside_naive": (
+        "Regions",
+        "The same, pixels independent",
+        "%",
+        "what is too narrow holds less",
+    ),
+    "region_heights_inside": (
+        "Regions",
+        "True mean heights inside their intervals",
+        "%",
+        "a bias is in no interval",
+    ),
+    "region_heights_inside_naive": (
+        "Regions",
+        "The same, pixels independent",
+        "%",
+        "what is too narrow holds less",
+    ),
     "ece": ("Confidence", "Calibration error", "%", "mean gap of confidence and accuracy"),
 }
 

@@ -22,6 +22,7 @@ from shapely import set_precision
 from shapely.affinity import affine_transform
 from shapely.geometry import Polygon, box, mapping
 
+from terraloom.acquire.simulate.districts import make_districts
 from terraloom.acquire.simulate.labels import LabelSet, make_labels
 from terraloom.acquire.simulate.landscape import (
     LEGEND,
@@ -73,6 +74,7 @@ aoi.gpkg          area of interest (EPSG:32633, on the 60 m lattice); aoi.geojso
                   longitude and latitude
 classes.csv       legend: code,name,color
 labels.gpkg       layers landcover, height, boundary: what a campaign may use
+regions.gpkg      districts that cover the area, to compute totals of
 truth/            what is really there: what a campaign must never read, except to be marked
 """
 _DEM_NODATA = -9999.0
@@ -221,11 +223,14 @@ def _write_layers(path: Path, layers: dict[str, gpd.GeoDataFrame], day: date) ->
 
 
 def _write_frame(region: _Region) -> None:
-    """Area of interest, legend and readme."""
+    """Area of interest, districts, legend and readme."""
     b = region.aoi.boundingbox
     outline = box(b.left, b.bottom, b.right, b.top)
     table = gpd.GeoDataFrame({"name": ["aoi"]}, geometry=[outline], crs=str(region.aoi.crs))
-    _write_layers(region.root / "aoi.gpkg", {"aoi": table}, period(region.sim)[1])
+    last = period(region.sim)[1]
+    _write_layers(region.root / "aoi.gpkg", {"aoi": table}, last)
+    districts = make_districts(region.sim, region.aoi)
+    _write_layers(region.root / "regions.gpkg", {"districts": districts}, last)
     # Half a metre inside: rounding on the way to degrees must not touch the next lattice cell.
     degrees = set_precision(lonlat_box(region.aoi, inset_m=0.5), 1e-9)
     feature = {"type": "Feature", "properties": {"name": "aoi"}, "geometry": mapping(degrees)}
