@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from terraloom.config.campaign import Campaign
 from terraloom.config.load import load_campaign, parse_campaign, read_yaml
+from terraloom.config.products import Products
 from terraloom.config.reference import schema_text, tables_text
 from terraloom.errors import ConfigError
 
@@ -86,3 +88,10 @@ def test_yaml_traps(tmp_path: Path) -> None:
         read_yaml(path)
     with pytest.raises(ConfigError, match="no such file"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_a_choice_of_numbers_may_come_as_text() -> None:
+    """Snakemake gives the values of `--config 'products={probability_bits: 16}'` as text."""
+    assert Products.model_validate({"probability_bits": "16"}).probability_bits == 16
+    with pytest.raises(ValidationError, match="8 or 16"):
+        Products.model_validate({"probability_bits": "12"})

@@ -1,4 +1,4 @@
-"""Spread of regional figures between the networks, from what prediction keeps of each."""
+"""Regional figures: spread between networks, and what intervals hold of a simulated truth."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from shapely.geometry import Polygon, box
 
+from terraloom.acquire.simulate.districts import DISTRICTS_PER_SIDE, make_districts
+from terraloom.acquire.simulate.landscape import aoi_geobox
 from terraloom.assess.member_spread import MemberCells, member_spread
+from terraloom.assess.region_file import read_regions
+from terraloom.assess.regional_truth import score_regions, true_rows
 from terraloom.config.base import TaskKind
+from terraloom.config.campaign import Regions
 from terraloom.config.labels import Task
+from terraloom.config.simulation import Simulation
 from terraloom.grid import CampaignGrid
+from terraloom.legend import Legend
 from terraloom.predict.layers import Layers
 from terraloom.predict.members import decode_members, encode_members
 from terraloom.predict.tilewriter import TileWriter, encoded
@@ -110,3 +118,45 @@ def test_without_regions_nothing_is_kept() -> None:
     full = LAYERS.encode(values, reasons == 0)
     assert set(full) - set(plain) == {"members_cover", "members_height"}
     assert all(np.array_equal(plain[k], full[k]) for k in plain)
+
+
+def test_districts_cover_the_region_and_truth_is_summed_over_them(tmp_path: Path) -> None:
+    sim = Simulation(size_px=384, seed=3)
+    geobox = aoi_geobox(sim)
+    frame = make_districts(sim, geobox)
+    assert len(frame) == DISTRICTS_PER_SIDE**2 and frame.is_valid.all()
+    assert shapely.union_all(frame.geometry).equals(geobox.extent.geom)
+    assert frame.area.sum() == pytest.approx(geobox.extent.geom.area) and frame.area.min() > 1e5
+    assert make_districts(sim, geobox).equals(frame)
+    frame.to_file(tmp_path / "r.gpkg")
+    settings = Regions(file=str(tmp_path / "r.gpkg"), name_column="name")
+    regions = read_regions(settings, str(geobox.crs))
+    legend = Legend((1, 4), ("field", "wood"), ("#ffff00", "#00ff00"))
+    true = np.where(np.arange(384) < 192, 1, 4)[None].repeat(384, 0).astype(np.uint8)
+    mapped = np.ones((384, 384), bool)
+    mapped[:40] = False
+    truth = true_rows(regions, geobox, legend, true, mapped, np.where(true == 4, 8, 2))
+    fields = sum(v for (_, name, _), v in truth.items() if name == "field")
+    assert fields == pytest.approx(192 * 344 / 100, rel=1e-3)
+    heights = {r: v for (r, _, quantity), v in truth.items() if quantity == "mean"}
+    assert heights["district 05"] == pytest.approx(2, abs=1e-6)
+    assert heights["district 08"] == pytest.approx(8, abs=1e-6)
+
+
+def test_shares_of_intervals_that_hold_the_truth() -> None:
+    def row(region: str, quantity: str, low: float | None, width: float) -> dict:
+        high = None if low is None else low + width
+        naive = (None, None) if low is None else (low + 0.4 * width, low + 0.6 * width)
+        return {"region": region, "class": "" if quantity != "area" else "wood", "low": low,
+                "quantity": quantity, "high": high, "independent_low": naive[0],
+                "independent_high": naive[1]}  # fmt: skip
+
+    rows = [row("a", "area", 1, 4), row("b", "area", 1, 4), row("c", "area", 1, 4),
+            row("d", "area", None, 0), row("e", "area", 1, 4), row("a", "mean", 7, 2),
+            row("a", "total", 0, 0)]  # fmt: skip
+    truth = {("a", "wood", "area"): 3.0, ("b", "wood", "area"): 4.9, ("c", "wood", "area"): 9.0,
+             ("d", "wood", "area"): 1.0, ("a", "", "mean"): 9.0, ("a", "", "total"): 5}  # fmt: skip
+    found = score_regions(rows, truth)
+    assert (found.areas, found.areas_naive) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (found.heights, found.heights_naive) == (1, 0)
+    assert np.isnan(score_regions([], truth).areas)
