@@ -11,7 +11,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow test-chaos test-gpu test-extras check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow test-chaos test-slurm test-gpu test-extras check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-slow  the long tests"
 	@echo "make test-chaos runs that are killed, about half an hour"
 	@echo "make test-browser  pages in Chromium"
+	@echo "make test-slurm a rehearsal on a SLURM cluster of one node, started for it"
 	@echo "make test-gpu   training and prediction on a GPU beside the processor"
 	@echo "make bench      print the benchmark tables"
 
@@ -58,7 +59,7 @@ format: $(READY)
 	snakefmt workflow
 
 test: lint
-	pytest -m "not slow and not online and not gpu and not chaos" tests
+	pytest -m "not slow and not online and not gpu and not chaos and not slurm" tests
 
 test-slow: $(READY)
 	pytest -m slow tests
@@ -66,6 +67,10 @@ test-slow: $(READY)
 # Whole runs, killed at 30 random moments; TERRALOOM_CHAOS_SEED=n repeats them.
 test-chaos: $(READY)
 	pytest -m chaos tests
+
+# As root: installs SLURM from Debian packages, starts it and stops it again.
+test-slurm: $(READY)
+	pytest -m slurm -s tests/slurm
 
 # On a machine with a CUDA build of torch; elsewhere all of them are skipped.
 test-gpu: $(READY)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ __all__ = [
 
 #: Least common multiple of the native pixel sizes of Sentinel-2 (10, 20, 60 m), metres.
 LATTICE_M = 60
+
+#: Tiles packed into one job, unless that would make more jobs than this.
+FEW_TILES, MANY_JOBS = 8, 250
 
 #: An AOI wider than this many degrees of longitude spans UTM zones badly: use an equal-area CRS.
 UTM_MAX_WIDTH_DEG = 6.0
@@ -133,13 +136,17 @@ class CampaignGrid:
                     found.append(tile)
         return found
 
-    def batches(self, tiles_per_job: int) -> dict[str, list[Tile]]:
-        """Tiles packed into jobs of at most ``tiles_per_job``, keyed ``b000``, ``b001`` ..."""
+    def batches(self, tiles_per_job: int | Literal["auto"]) -> dict[str, list[Tile]]:
+        """Tiles packed into jobs, keyed ``b0000``, ``b0001`` ...
+
+        Args:
+            tiles_per_job: Most tiles of a job; ``auto`` is :data:`FEW_TILES`, or as many more as
+                keep the jobs below :data:`MANY_JOBS`: a scheduler takes hundreds, not thousands.
+        """
         tiles = self.tiles()
-        return {
-            f"b{i // tiles_per_job:04d}": tiles[i : i + tiles_per_job]
-            for i in range(0, len(tiles), tiles_per_job)
-        }
+        auto = max(FEW_TILES, math.ceil(len(tiles) / MANY_JOBS))
+        size = auto if tiles_per_job == "auto" else tiles_per_job
+        return {f"b{i // size:04d}": tiles[i : i + size] for i in range(0, len(tiles), size)}
 
 
 def _touches(geobox: GeoBox, aoi: BaseGeometry) -> bool:

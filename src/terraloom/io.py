@@ -24,7 +24,7 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.bandstats import BandStats
 from terraloom.errors import SceneError, StateError
-from terraloom.scratch import prefix, scratch_folder
+from terraloom.scratch import prefix, scratch_folder, staging
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -180,7 +180,7 @@ def write_store(path: Path | str, dataset: Any) -> None:
     Entries are sorted, stored and carry a fixed date: the same data give the same bytes.
     """
     path = Path(path)
-    with scratch_folder(path.parent, "store") as folder:
+    with scratch_folder(staging(path.parent), "store") as folder:
         root = folder / "store"
         # Fixed-width text has no settled place in zarr 3; variable-width text has.
         text = {k: v.astype(object) for k, v in dataset.coords.items() if v.dtype.kind == "U"}
@@ -394,7 +394,7 @@ def cog_from_windows(
     path = Path(path)
     h, w = geobox.shape
     stats = [BandStats(nodata) for _ in range(count)]
-    with scratch_folder(path.parent, "cog") as folder:
+    with scratch_folder(staging(path.parent), "cog") as folder:
         plain = folder / "plain.tif"
         profile = {
             "driver": "GTiff", "width": w, "height": h, "count": count, "dtype": dtype,
@@ -405,7 +405,7 @@ def cog_from_windows(
             "photometric": "rgb" if count == 3 and dtype == "uint8" else "minisblack",
             "alpha": "no",
         }  # fmt: skip
-        with _full_disk_named(path), rasterio.open(plain, "w", **profile) as dst:
+        with _full_disk_named(plain), rasterio.open(plain, "w", **profile) as dst:
             _dress(dst, band_names, colormap, tags, scales, units)
             for rows, cols, data in windows:
                 window = Window.from_slices(rows, cols)

@@ -17,13 +17,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["MARK", "alive", "host_name", "prefix", "scratch_folder", "sweep"]
+__all__ = ["MARK", "alive", "host_name", "prefix", "scratch_folder", "staging", "sweep"]
 
 #: Every temporary name begins so.
 MARK = ".tmp-"
 #: A temporary of another machine, whose processes cannot be asked, counts as left behind when
 #: nothing was written to it for so long, seconds.
 _ABANDONED_S = 2 * 24 * 3600
+
+#: Folders of every system. TMPDIR with one of them says nothing: Snakemake sets it for each job.
+_COMMON = ("/tmp", "/var/tmp", "/usr/tmp")
 
 _NAME = re.compile(rf"{re.escape(MARK)}(?:[a-z]+-)?(\d+)@([A-Za-z0-9_.]*)-")
 
@@ -40,6 +43,20 @@ def prefix(kind: str = "") -> str:
         kind: What it is for, small letters.
     """
     return f"{MARK}{kind}{'-' if kind else ''}{os.getpid()}@{host_name()}-"
+
+
+def staging(parent: Path) -> Path:
+    """Folder for temporaries that are read again and not renamed.
+
+    They are the parts of a store before it is zipped, a raster before it is a COG, rows of chips.
+    The folder is ``TMPDIR`` where it names a folder of its own, as on the nodes of a cluster, else
+    ``parent``: a workstation's ``/tmp`` may be small, or be memory.
+
+    Args:
+        parent: Folder of the final file.
+    """
+    chosen = os.environ.get("TMPDIR", "").rstrip("/")
+    return Path(chosen) if chosen and chosen not in _COMMON else parent
 
 
 @contextmanager

@@ -78,6 +78,10 @@ def test_tiles_are_packed_into_jobs() -> None:
     p = plan()
     assert len(p.grid.tiles()) == 8 and p.batch_names == ["b0000", "b0001"]
     assert plan(grid={"tiles_per_job": 3}).batch_names == ["b0000", "b0001", "b0002"]
+    assert plan(grid={"tiles_per_job": "auto"}).batch_names == ["b0000"]
+    large = {"bbox": [300000, 5600040, 684000, 5984040]}
+    many = plan(aoi=large, grid={"tiles_per_job": "auto"})
+    assert len(many.grid.tiles()) == 10_000 and len(many.batch_names) == 250
     assert plan(scenes={"jobs": 3}).part_names == ["p000", "p001", "p002"]
 
 

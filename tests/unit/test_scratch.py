@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 
-from terraloom.io import replace_folder, write_text
-from terraloom.scratch import host_name, prefix, scratch_folder, sweep
+from terraloom.io import replace_folder, write_store, write_text
+from terraloom.scratch import host_name, prefix, scratch_folder, staging, sweep
 
 WRITER = """
 import sys, time
@@ -64,3 +66,22 @@ def test_a_replaced_folder_leaves_nothing_beside_it(tmp_path: Path) -> None:
         replace_folder(new, tmp_path / "final")
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final/file").read_text() == "second"
+
+
+def test_parts_are_staged_where_a_cluster_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, node = tmp_path / "run", tmp_path / "node"
+    for common in ("", "/tmp", "/var/tmp/"):  # not chosen by anybody
+        monkeypatch.setenv("TMPDIR", common)
+        assert staging(beside) == beside
+    monkeypatch.setenv("TMPDIR", str(node))
+    seen: list[list[str]] = []
+    data = xr.Dataset({"a": ("x", np.arange(3))})
+    monkeypatch.setattr(
+        "terraloom.io.zip_folder",
+        lambda folder, path: seen.append([p.name for p in node.iterdir()]) or write_text(path, ""),
+    )
+    write_store(beside / "a.zip", data)
+    assert len(seen[0]) == 1 and seen[0][0].startswith(prefix("store"))
+    assert not list(node.iterdir()) and [p.name for p in beside.iterdir()] == ["a.zip"]

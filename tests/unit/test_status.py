@@ -136,9 +136,9 @@ def test_a_run_that_is_over_or_elsewhere(
         end_holder(gone, "other-node" if how == "elsewhere" else None)
     s = read_status(run)
     assert (s.state, s.jobs[2].state) == (state, second)
-    assert {"killed": "--unlock", "unknown": "cannot ask", "failed": "start it again"}[state] in (
-        text_of(s)
-    )
+    assert {"killed": "terraloom resume", "unknown": "cannot ask", "failed": "start it again"}[
+        state
+    ] in (text_of(s))
 
 
 def test_outputs_of_another_campaign_file_are_not_counted_as_done_tiles(run: Path) -> None:
@@ -156,7 +156,7 @@ def test_another_run_is_named(run: Path, gone: int) -> None:
     write(run, ".snakemake/locks/0.output.lock", "work/a")
     assert f"process {os.getpid()} of " in other_run() and "Do not unlock" in other_run()
     end_holder(gone)
-    assert "was killed" in other_run() and "snakemake --unlock" in other_run()
+    assert "was killed" in other_run() and "terraloom resume" in other_run()
     end_run("done")
     assert "just beginning" in other_run()
 

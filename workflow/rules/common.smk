@@ -10,6 +10,7 @@ from terraloom.acquire.locked import ItemLock
 from terraloom.errors import TerraloomError
 from terraloom.io import digest_json
 from terraloom.operate.record import begin_run, end_run, other_run
+from terraloom.operate.resume import MARK_VARIABLE
 from terraloom.plan import Plan, resolve_campaign
 from terraloom.state import code_digest, files_digest
 
@@ -170,8 +171,21 @@ def recorded(dag):
     ]
 
 
-if workflow.is_main_process and (held := other_run()):
-    print(held, file=sys.stderr)
+def started_by():
+    """How to start this run again, for `terraloom resume`."""
+    kept = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED")
+    return {
+        "words": sys.argv[1:],
+        "cwd": workflow.rundir,
+        "environment": {key: os.environ[key] for key in kept if key in os.environ},
+    }
+
+
+if workflow.is_main_process:
+    # All jobs inherit it, so that they are found when this process is killed.
+    os.environ[MARK_VARIABLE] = str(Path.cwd().resolve())
+    if held := other_run():
+        print(held, file=sys.stderr)
 
 
 onstart:
@@ -185,6 +199,7 @@ onstart:
         title=f"{CAMPAIGN.name}: {CAMPAIGN.title}",
         log=os.path.relpath(log[0]) if log else None,
         at_once=workflow.nodes or workflow.resource_settings.cores,
+        command=started_by(),
     )
     if left:
         print(left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 
 from terraloom.cli.base import PEOPLE, app
 
-__all__ = ["logs", "status"]
+__all__ = ["logs", "resume", "status"]
 
 
 @app.command(rich_help_panel=PEOPLE)
@@ -43,3 +44,23 @@ def logs(
     from terraloom.operate.joblogs import show_logs
 
     typer.echo(show_logs(word, lines=lines))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def resume(
+    only_clear: Annotated[
+        bool, typer.Option("--only-clear", help="End and unlock, but do not start again.")
+    ] = False,
+    surely_dead: Annotated[
+        bool,
+        typer.Option("--surely-dead", help="The controller on another machine is gone for sure."),
+    ] = False,
+) -> None:
+    """Go on with a run whose controller was killed: end its jobs, unlock, start it again."""
+    from terraloom.operate.resume import resume as run
+
+    restart = run(surely_dead=surely_dead)
+    typer.echo(restart.said)
+    typer.echo(f"in {restart.cwd}: {shlex.join(['snakemake', *restart.words[3:]])}")
+    if not only_clear:
+        restart.exec()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -69,7 +69,11 @@ class Grid(Section):
         description="Corners of the grid are multiples of this from the origin of the CRS; "
         "sources coarser than 60 m need more (metres).",
     )
-    tiles_per_job: int = Field(8, ge=1, le=1000, description="Tiles packed into one job (count).")
+    tiles_per_job: Annotated[int, Field(ge=1, le=1000)] | Literal["auto"] = Field(
+        "auto",
+        description="Tiles packed into one job (count); `auto` takes 8, and more where that would "
+        "make more than 250 jobs per stage.",
+    )
 
 
 class Archive(Section):

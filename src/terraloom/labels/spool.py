@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from terraloom.errors import StateError
-from terraloom.scratch import prefix
+from terraloom.scratch import prefix, staging
 
 __all__ = ["Spool"]
 
@@ -26,8 +26,9 @@ class Spool:
     """
 
     def __init__(self, parent: Path) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=prefix("spool"), dir=parent))
+        place = staging(parent)
+        place.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix("spool"), dir=place))
         self._files: dict[str, IO[bytes]] = {}
         self._like: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self.count = 0

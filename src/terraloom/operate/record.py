@@ -83,7 +83,8 @@ def _user() -> str:
 
 def begin_run(
     jobs: Iterable[Mapping[str, Any]], *, tiles: Mapping[str, Sequence[str]], title: str,
-    log: str | None, at_once: int | None, folder: Path = Path(),
+    log: str | None, at_once: int | None, command: Mapping[str, Any] | None = None,
+    folder: Path = Path(),
 ) -> str:  # fmt: skip
     """Record a run that begins, and remove the temporaries of processes that are gone.
 
@@ -96,6 +97,8 @@ def begin_run(
         title: What the campaign is called.
         log: Snakemake's log of this run.
         at_once: Most jobs at once, or cores of one machine; None if unlimited.
+        command: How to start it again: the words after ``snakemake``, the folder it was called in,
+            variables of its environment.
         folder: Folder of the run.
 
     Returns:
@@ -104,7 +107,7 @@ def begin_run(
     removed = _swept(folder)
     record = {
         "title": title, "holder": vars(Holder.me()), "ended": None, "log": log, "at_once": at_once,
-        "tiles": {k: list(v) for k, v in tiles.items()},
+        "command": command, "tiles": {k: list(v) for k, v in tiles.items()},
         "jobs": [
             dict(job) | {"stale": bool(job["todo"] and _any_there(folder, job["output"]))}
             for job in jobs
@@ -188,7 +191,7 @@ def other_run(folder: Path = Path()) -> str:
     if holder.state == "gone":
         return (
             f"{folder.resolve()}: the run before was killed ({holder}).\n"
-            "  to do: snakemake --unlock, then start again; finished tiles are kept"
+            "  to do: terraloom resume (in that folder); finished tiles are kept"
         )
     unsure = "" if holder.state == "here" else " (this machine cannot ask whether it lives)"
     return (

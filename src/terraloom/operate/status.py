@@ -341,7 +341,7 @@ def _headline(status: RunStatus) -> str:
         "running": f"running for {took}: {status.holder}",
         "done": f"done after {took}",
         "failed": f"failed after {took}; to go on, start it again: finished tiles are kept",
-        "killed": f"killed after {took}; to go on: snakemake --unlock, then start it again",
+        "killed": f"killed after {took}; to go on: terraloom resume",
     }.get(
         status.state,
         f"{status.holder}; this machine cannot ask it. Its last word was "

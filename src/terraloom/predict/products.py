@@ -31,7 +31,7 @@ from terraloom.predict.tile_products import tile_products, tile_records
 from terraloom.predict.tiles import check_tiles, picture_of, tile_reader
 from terraloom.predict.trust import TrustFacts
 from terraloom.preprocess.reasons import Reason
-from terraloom.scratch import scratch_folder, sweep
+from terraloom.scratch import scratch_folder, staging, sweep
 
 __all__ = ["MAP", "mosaic_products"]
 
@@ -109,7 +109,7 @@ def _sieved(
                              "connectivity": keys.connectivity}  # fmt: skip
     area = np.zeros(256)
     codes = [c for c in spec.colormap or {} if c != NODATA_CODE]
-    with scratch_folder(folder, "sieve") as scratch:
+    with scratch_folder(staging(folder), "sieve") as scratch:
         windows = sieved_windows(
             _windows(grid, read, spec), grid, scratch, least=least,
             connectivity=keys.connectivity, facts=facts,

@@ -24,7 +24,7 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.io import zip_folder
 from terraloom.log import get_logger
-from terraloom.scratch import prefix
+from terraloom.scratch import prefix, staging
 
 __all__ = ["CHUNK_PX", "TileStore", "decode", "encode", "open_arrays"]
 
@@ -80,8 +80,9 @@ class TileStore:
 
     def __init__(self, path: Path, crs: Any) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix("store"))
+        place = staging(path.parent)
+        place.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(dir=place, prefix=prefix("store"))
         self._root = zarr.create_group(Path(self._folder.name) / "store", zarr_format=3)
         self._order: list[str] = []
         self._grid_mapping(crs)

@@ -1,0 +1,151 @@
+"""A reduced rehearsal on a real SLURM cluster of one node (``cluster.sh``); needs root.
+
+The controller is killed and taken up again, a job is killed for its memory, Ctrl-C cancels. The
+figures that it prints stand in docs/how-to/run-on-slurm.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.chaos import said, start
+from support.road import BIN, command
+from terraloom.operate.resume import slurm_jobs
+
+pytestmark = pytest.mark.slurm
+
+CLUSTER = Path(__file__).parent / "cluster.sh"
+#: Longest wait for anything, seconds: the machine may be busy.
+PATIENCE_S = 1800
+#: Half a gigabyte is too little for a cube's first attempt, which is what is tested.
+SITE = {
+    "jobs": 2, "poll_s": 2, "latency_s": 5, "scratch": "/tmp/terraloom-$SLURM_JOB_ID",
+    "rules": {"build_cube": {"mem_mb": 350}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """The cluster, from Debian packages; it is left off afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("a cluster is started by root only")
+    subprocess.run([CLUSTER, "up"], check=True, timeout=300)
+    yield
+    subprocess.run([CLUSTER, "down"], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile that the cluster was asked for."""
+    place = tmp_path_factory.mktemp("site")
+    (place / "site.yaml").write_text(yaml.safe_dump(SITE))
+    made = command("terraloom", "cluster-profile", str(place / "site.yaml"), "--out", str(place))
+    assert "no accounting" in made.stdout and "watched with squeue, every 2 s" in made.stdout
+    assert "60 minutes" in made.stdout, "the partition's limit"
+    return place
+
+
+def until(what: Callable[[], object], *processes: subprocess.Popen[str]) -> float:
+    """Wait for something while processes live; seconds it took."""
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < PATIENCE_S
+        assert all(p.poll() is None for p in processes), "the run ended before"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def queue(state: str) -> str:
+    """Comments of the jobs in a state: the rule and its wildcards."""
+    return command("squeue", "-h", f"--states={state}", "-o", "%k").stdout
+
+
+def overlaps(folder: Path) -> list[tuple[str, str]]:
+    """Pairs of jobs of one target whose times overlap."""
+    names = ",".join(ids(folder))
+    rows = command("squeue", "-h", "--states=all", f"--name={names}", "-o", "%k|%A|%S|%e").stdout
+    jobs = [row.split("|") for row in rows.splitlines()]
+    ran = [job for job in jobs if not job[2].startswith("N/A")]
+    return [
+        (a[1], b[1])
+        for a in ran for b in ran
+        if a[0] == b[0] and int(a[1]) < int(b[1]) and b[2] < a[3]
+    ]  # fmt: skip
+
+
+def ids(folder: Path) -> list[str]:
+    return [
+        line.split()[-1]
+        for line in said(folder).splitlines()
+        if line.startswith("SLURM run ID")
+    ]  # fmt: skip
+
+
+def test_a_controller_that_is_killed_and_a_job_without_memory(
+    tmp_path: Path, profile: Path
+) -> None:
+    folder = tmp_path / "run"
+    began = time.monotonic()
+    run = start(folder, "--workflow-profile", str(profile))
+    cubes = folder / "work/cube"
+    until(lambda: "train_member" in queue("RUNNING"), run)
+    first = time.monotonic() - began
+    kept = {p.name: p.stat().st_mtime_ns for p in cubes.glob("*.zip")}
+    assert len(kept) == 4, "all tiles, so the attempts with more memory went well"
+    killed = (folder / ".snakemake/slurm_logs/rule_build_cube").rglob("*.log")
+    assert any("exceeded memory limit" in log.read_text() for log in killed)
+
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    left = slurm_jobs(folder)
+    assert left, "SLURM goes on without its controller"
+    second = start(folder, "--workflow-profile", str(profile))
+    assert second.wait(PATIENCE_S) != 0
+    assert "terraloom resume" in said(folder) and slurm_jobs(folder)
+
+    began = time.monotonic()
+    with folder.with_suffix(".said.txt").open("a") as out:
+        again = subprocess.Popen(
+            [BIN / "terraloom", "resume"], cwd=folder, stdout=out, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+            env=os.environ | {"PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])},
+        )  # fmt: skip
+    until(lambda: "unlocked the folder" in said(folder), again)
+    overhead = time.monotonic() - began
+    assert f"cancelled {len(left)} jobs in SLURM" in said(folder)
+    assert again.wait(PATIENCE_S) == 0, said(folder)[-3000:]
+    total = first + time.monotonic() - began
+    assert (folder / "results/map/report.html").exists()
+    assert {p.name: p.stat().st_mtime_ns for p in cubes.glob("*.zip")} == kept
+    assert not overlaps(folder), "no target was written by two jobs at once"
+    assert not list(Path("/tmp").glob("terraloom-*/.tmp-*"))
+    jobs = command("squeue", "-h", "--states=all", f"--name={','.join(ids(folder))}", "-o", "%T")
+    print(f"{len(jobs.stdout.split())} jobs in {total:.0f} s; resume after {overhead:.1f} s")
+
+
+def test_ctrl_c_cancels(tmp_path: Path, profile: Path) -> None:
+    folder = tmp_path / "run"
+    run = start(folder, "--workflow-profile", str(profile))
+    until(lambda: "simulate" in queue("RUNNING"), run)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) != 0
+    until(lambda: not slurm_jobs(folder))
+    assert not list((folder / ".snakemake/locks").glob("*.lock"))
+
+
+def test_a_partition_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("partition: big\n")
+    refused = command(
+        "terraloom", "cluster-profile", str(tmp_path / "site.yaml"), "--out", str(tmp_path),
+        ok=False,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "there is no partition big" in refused.stderr
+    assert "main (60 min" in refused.stderr and not (tmp_path / "config.yaml").exists()
