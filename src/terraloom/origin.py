@@ -23,9 +23,9 @@ TAG = "TERRALOOM_"
 _IDS_LENGTH = 4000
 #: Keys that say how or how fast a map is computed or judged, but change no pixel of it.
 _NO_PIXEL = (
-    "title", "sample", "milestones", "grid.tiles_per_job", "scenes.jobs", "scenes.requests",
-    "scenes.timeout_s", "predict.threads", "predict.device", "predict.window_px", "predict.batch",
-    "model.processes", "model.baseline", "model.device", "regions",
+    "title", "license", "sample", "milestones", "grid.tiles_per_job", "scenes.jobs",
+    "scenes.requests", "scenes.timeout_s", "predict.threads", "predict.device", "predict.window_px",
+    "predict.batch", "model.processes", "model.baseline", "model.device", "regions",
 )  # fmt: skip
 #: Modules whose code makes the files of the map.
 CODE = ("predict.engine", "predict.products")

@@ -12,9 +12,10 @@ import pytest
 
 from support import drawn
 from support.browser import DELETE, ENTER, ESCAPE, LEFT, MISSING, RIGHT, Browser
-from terraloom.assess.answers import read_answers, settle
+from terraloom.assess.answers import CONSENSUS, read_answers, settle
 from terraloom.assess.design import SampleDesign, reference_sample
 from terraloom.assess.estimators import estimate_accuracy
+from terraloom.assess.measured import settle_values
 from terraloom.assess.sampling import DESIGN, POINTS
 from terraloom.io import read_json
 from terraloom.legend import read_legend
@@ -111,6 +112,33 @@ def test_from_keys_to_areas(browser: Browser) -> None:
     assert report.overall.value == 1.0
     for c in legend.codes:
         assert report.area_ha[c].value == pytest.approx(report.mapped_ha[c].value)
+
+
+def test_measured_values_travel_with_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    campaign = drawn.write_run(height=True)
+    write_labelling_page(campaign, drawn.grid())
+    browser = Browser(tmp_path)
+    try:
+        browser.open(PAGE)
+        browser.write("#who", "ada" + ENTER)
+        browser.press("2")
+        browser.write("#values input", "51" + ENTER)
+        assert browser.text("#message") == "tree height: a number from 0 to 50."
+        browser.press(RIGHT + "3=")
+        browser.write("#values input", "12.5" + ENTER)
+        browser.press(LEFT + RIGHT)
+        assert browser.run("return document.querySelector('#values input').value") == "12.5"
+        browser.click("#save-csv")
+        file = browser.downloaded(".csv")
+    finally:
+        browser.close()
+    design = SampleDesign.from_dict(read_json(DESIGN))
+    table = read_answers([str(file)], design, _units(), read_legend("classes.csv"), campaign.tasks)
+    assert list(table["value_tree_height"]) == ["", "12.5"]
+    assert settle_values(table, campaign.tasks[1], CONSENSUS) == {table["id"].iloc[1]: 12.5}
 
 
 def test_answers_outlive_the_page_and_come_back_from_files(browser: Browser) -> None:

@@ -28,14 +28,18 @@ CLASSES = "code,name,color\n1,water,#2b6cb0\n2,trees <b>& shrubs</b>,#2f855a\n4,
 NAMES = ["water", "trees <b>& shrubs</b>", "open land"]
 
 
-def campaign(**sample: Any) -> Campaign:
+HEIGHT = {"name": "tree_height", "kind": "regression", "unit": "m", "range": [0, 50],
+          "labels": {"file": "h.gpkg", "column": "h"}}  # fmt: skip
+
+
+def campaign(*, height: bool = False, **sample: Any) -> Campaign:
     return parse_campaign(
         {
             "name": "small", "title": "A small <i>map</i>", "aoi": {"bbox": [0, 0, 1, 1]},
             "grid": {"tile_px": 96}, "sources": [{"source": "copernicus-dem"}],
             "cube": {"periods": PERIODS},
             "tasks": [{"name": "lc", "kind": "segmentation", "classes": "classes.csv",
-                       "labels": {"file": "l.gpkg", "column": "c"}}],
+                       "labels": {"file": "l.gpkg", "column": "c"}}, *([HEIGHT] if height else [])],
             "sample": {"size": 24, "min_per_stratum": 8, "allocation": "equal"} | sample,
         }
     )  # fmt: skip
@@ -65,7 +69,7 @@ def reflectance() -> np.ndarray:
     return x.astype(np.float32)
 
 
-def write_run(**sample: Any) -> Campaign:
+def write_run(*, height: bool = False, **sample: Any) -> Campaign:
     """Write map, cubes and sample into the current folder."""
     Path("classes.csv").write_text(CLASSES, encoding="utf-8")
     write_raster("results/map/class_map.tif", codes(), GEOBOX, nodata=0)
@@ -81,6 +85,6 @@ def write_run(**sample: Any) -> Campaign:
             coords={"period": [p["name"] for p in PERIODS], "band_s2_10": BANDS},
         )
         write_store(Path(f"work/cube/{tile.name}.zip"), cube)
-    made = campaign(**sample)
+    made = campaign(height=height, **sample)
     draw_sample(made)
     return made

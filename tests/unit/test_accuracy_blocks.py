@@ -11,7 +11,7 @@ import rasterio
 from affine import Affine
 
 from terraloom.assess.assisted import assisted_block
-from terraloom.assess.continuous import values_block
+from terraloom.assess.continuous import values_at, values_block
 from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.errors import DesignError
 
@@ -77,7 +77,7 @@ def test_assisted_block_says_why_it_cannot_be_made(made) -> None:
 
 def test_values_block_needs_a_value_at_every_unit(made) -> None:
     folder, sample, points, strata = made
-    files = folder / "height.tif", folder / "true.tif"
+    files = folder / "height.tif", values_at(folder / "true.tif", points)
     block = values_block(*files, sample, points, strata, None, "m")
     assert block["bias"]["value"] == pytest.approx(-1) and block["unit"] == "m"
     assert block["bias"]["se"] == pytest.approx(0, abs=1e-6) and block["n"] == 60

@@ -13,7 +13,7 @@ from pystac.validation.local_validator import LocalValidator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.fake_results import LEGEND, SCENES, SHAPE, fake_campaign, fake_results
-from terraloom.errors import StateError
+from terraloom.errors import ConfigError, StateError
 from terraloom.io import read_json, sha256, write_json
 from terraloom.report.catalogue import catalogue_products
 
@@ -65,6 +65,16 @@ def test_catalogue_survives_moving_the_results(made: Path, item: pystac.Item, tm
     catalog = pystac.Catalog.from_file(str(moved / "map" / "stac" / "catalog.json"))
     asset = next(catalog.get_items()).assets["class_map"]
     assert Path(asset.get_absolute_href()).resolve() == (moved / "map" / "class_map.tif").resolve()
+
+
+def test_the_licence_of_the_campaign_is_that_of_the_item(made: Path, item: pystac.Item, tmp_path):
+    assert item.properties["license"] == "other"
+    named = fake_campaign(license="CC-BY-4.0")
+    catalog = catalogue_products(made, named, out=tmp_path / "stac")
+    again = next(pystac.Catalog.from_file(str(catalog)).get_items())
+    assert again.properties["license"] == "CC-BY-4.0"
+    with pytest.raises(ConfigError, match="license"):
+        fake_campaign(license="CC BY/4.0")
 
 
 def test_every_product_is_described(made: Path, item: pystac.Item):

@@ -27,7 +27,9 @@ from pyproj import Transformer
 
 from terraloom.assess.design import SampleDesign
 from terraloom.assess.kept import listed
+from terraloom.assess.measured import VALUE_PREFIX, value_columns, value_faults
 from terraloom.assess.samples import SampleKind
+from terraloom.config.labels import Task
 from terraloom.config.sample import Sample
 from terraloom.errors import DesignError
 from terraloom.legend import Legend
@@ -68,9 +70,13 @@ class Answers:
 
 
 def read_answers(
-    files: Sequence[str], design: SampleDesign, points: gpd.GeoDataFrame, legend: Legend
-) -> pd.DataFrame:
+    files: Sequence[str], design: SampleDesign, points: gpd.GeoDataFrame, legend: Legend,
+    tasks: Sequence[Task] = (),
+) -> pd.DataFrame:  # fmt: skip
     """Rows of all files, checked; columns id, class, interpreter, confidence, date, comment.
+
+    Further columns hold measured values, see :mod:`terraloom.assess.measured`; a row may have
+    values alone, and then its class is empty.
 
     Raises:
         DesignError: A file cannot be read, is no answer file, belongs to another sample; or rows
@@ -80,8 +86,11 @@ def read_answers(
     for file in files:
         table, places = _read(file)
         _require_answer_file(table, file)
+        if "class" not in table:
+            table["class"] = ""
         _require_this_sample(table, file, design)
         problems = _faults(table, places, points, legend, str(points.crs), design)
+        problems += value_faults(table, tasks)
         if problems:
             raise DesignError(
                 listed(problems), where=f"sample.answers {file}",
@@ -90,16 +99,22 @@ def read_answers(
                 fix="correct these rows on the labelling page (load the file there) or in the file",
             )  # fmt: skip
         parts.append(table.assign(file=file))
-    every = pd.concat(parts, ignore_index=True)
-    every = every[every["class"] != ""].drop_duplicates(["id", "interpreter", "class"])
-    twice = every[every.duplicated(["id", "interpreter"], keep=False)]
-    if len(twice):
+    every = pd.concat(parts, ignore_index=True).fillna("")
+    columns = ["class", *(c for c in every if c in value_columns(tasks))]
+    every = every[(every[columns] != "").any(axis=1)]
+    every = every.drop_duplicates(["id", "interpreter", *columns])
+    twice = []
+    for column in columns:
+        given = every[every[column] != ""].drop_duplicates(["id", "interpreter", column])
+        twice += [
+            f"{i}: {who} says {' and '.join(part[column])} "
+            f"({', '.join(sorted(set(part['file'])))})"
+            for (i, who), part in given[given.duplicated(["id", "interpreter"], keep=False)]
+            .groupby(["id", "interpreter"])
+        ]  # fmt: skip
+    if twice:
         raise DesignError(
-            listed([
-                f"{i}: {who} says {' and '.join(part['class'])} "
-                f"({', '.join(sorted(set(part['file'])))})"
-                for (i, who), part in twice.groupby(["id", "interpreter"])
-            ]),
+            listed(twice),
             where="sample.answers", allowed="one answer per unit and interpreter",
             fix="keep the right row; give different people different names",
         )  # fmt: skip
@@ -151,7 +166,8 @@ def _from_geojson(data: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _require_answer_file(table: pd.DataFrame, file: str) -> None:
-    if {"id", "class"} <= set(table.columns):
+    valued = any(c.startswith(VALUE_PREFIX) for c in table.columns)
+    if "id" in table.columns and ("class" in table.columns or valued):
         return
     raise DesignError(
         f"columns {', '.join(table.columns)}: labels without the ids of a drawn sample are a "
@@ -236,6 +252,7 @@ def settle(table: pd.DataFrame, points: gpd.GeoDataFrame, sample: Sample) -> Ans
         DesignError: Units without an answer, or on which interpreters differ and no rule decides;
             too many that cannot be told.
     """
+    table = table[table["class"] != ""].drop_duplicates(["id", "interpreter"])
     by_unit = {str(i): part for i, part in table.groupby("id")}
     final: dict[str, str] = {}
     decided: dict[str, str] = {}

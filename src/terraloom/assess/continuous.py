@@ -17,7 +17,7 @@ from terraloom.assess.samples import ReferenceSample, Strata
 from terraloom.assess.survey import Survey
 from terraloom.errors import DesignError
 
-__all__ = ["ValueAccuracy", "value_accuracy", "values_block"]
+__all__ = ["ValueAccuracy", "value_accuracy", "values_at", "values_block"]
 
 F64 = NDArray[np.float64]
 
@@ -104,7 +104,7 @@ def _positive(value: float, se: float, z: float) -> Estimate:
 
 def values_block(
     map_file: Path,
-    truth_file: Path,
+    reference: F64,
     sample: ReferenceSample,
     points: gpd.GeoDataFrame,
     strata: Strata,
@@ -114,16 +114,25 @@ def values_block(
     """Accuracy of a map of values at the units; only `why_not` where a unit has no value.
 
     Leaving units out would change what the rest stand for.
+
+    Args:
+        map_file: The map of values.
+        reference: (N,) value found at each unit, NaN where there is none.
+        sample: The N units.
+        points: The same, with their places.
+        strata: Sizes of the strata.
+        post_strata: Of the post-strata.
+        unit: Unit of the values.
     """
-    mapped, true = _values(map_file, points), _values(truth_file, points)
-    ok = np.isfinite(mapped) & np.isfinite(true)
+    mapped = values_at(map_file, points)
+    ok = np.isfinite(mapped) & np.isfinite(reference)
     if not ok.all():
         return {"why_not": f"{int((~ok).sum())} of {ok.size} units have no value", "unit": unit}
-    found = value_accuracy(mapped, true, Survey.of(sample, strata, post_strata=post_strata))
+    found = value_accuracy(mapped, reference, Survey.of(sample, strata, post_strata=post_strata))
     return {"unit": unit, **found.to_dict()}
 
 
-def _values(file: Path, points: gpd.GeoDataFrame) -> F64:
+def values_at(file: Path, points: gpd.GeoDataFrame) -> F64:
     """First band at the points, NaN where there is no value."""
     with rasterio.open(file) as src:
         xy = np.column_stack([points.geometry.x, points.geometry.y])

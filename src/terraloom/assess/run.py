@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
+import numpy.typing as npt
 
-from terraloom.assess.answers import read_answers, settle
+from terraloom.assess.answers import CONSENSUS, read_answers, settle
 from terraloom.assess.assisted import assisted_block
-from terraloom.assess.continuous import values_block
+from terraloom.assess.continuous import values_at, values_block
 from terraloom.assess.design import SampleDesign, reference_sample
 from terraloom.assess.estimators import AccuracyReport, estimate_accuracy
 from terraloom.assess.interpreters import NOT_ANSWERED, compare_interpreters
 from terraloom.assess.kept import read_points, require_unedited
+from terraloom.assess.measured import settle_values, values_of
 from terraloom.assess.samples import ReferenceSample, SampleKind, Strata
 from terraloom.assess.sampling import DESIGN, MAP, POINTS, settings_of
 from terraloom.assess.strips import map_digest
 from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
-from terraloom.config.sample import Sample
+from terraloom.config.labels import Task
 from terraloom.errors import DesignError
 from terraloom.io import read_json, write_json, write_text
 from terraloom.legend import Legend, read_legend
@@ -60,7 +63,7 @@ def _estimate(campaign: Campaign, legend: Legend) -> tuple[AccuracyReport, Answe
     design = SampleDesign.from_dict(read_json(DESIGN))
     require_unedited(points, design, str(POINTS))
     require_present_map(design)
-    answered = _answers(settings_of(campaign), points, legend, design)
+    answered = _answers(campaign, points, legend, design)
     used = points[points["id"].astype(str).isin(answered.codes)]
     sample = reference_sample(used, answered.codes, design)
     post_strata = _post_strata(design)
@@ -76,29 +79,51 @@ def _estimate(campaign: Campaign, legend: Legend) -> tuple[AccuracyReport, Answe
             by_person, sample, design.sizes(), classes=legend.codes, post_strata=post_strata
         )
         answered = replace(answered, compared=compared)
-    return report, replace(answered, blocks=_further_blocks(campaign, legend, sample, used, design))
+    blocks = _further_blocks(campaign, legend, sample, used, design, answered)
+    return report, replace(answered, blocks=blocks)
 
 
 def _further_blocks(
     campaign: Campaign, legend: Legend, sample: ReferenceSample, points: gpd.GeoDataFrame,
-    design: SampleDesign,
+    design: SampleDesign, answered: Answered,
 ) -> dict[str, Any]:  # fmt: skip
-    """Model-assisted areas; where the truth is known, accuracy of the maps of values."""
+    """Model-assisted areas; where values were measured, accuracy of the maps of values."""
     sizes, post = design.sizes(), _post_strata(design)
     names = dict(zip(legend.codes, legend.names, strict=True))
     out: dict[str, Any] = {
         "assisted": assisted_block(MAP, sample, points, sizes, design.class_sizes(), post, names)
     }
-    truth = TRUTH / "height.tif"
-    if settings_of(campaign).answers == "truth" and truth.exists():
-        out["values"] = {
-            task.name: values_block(
-                product_path(task.name, MAP), truth, sample, points, sizes, post, task.unit
-            )
-            for task in campaign.tasks
-            if task.kind is TaskKind.REGRESSION
-        }
+    for task in (t for t in campaign.tasks if t.name in answered.values):
+        found = values_of([str(i) for i in points["id"]], answered.values[task.name])
+        most = settings_of(campaign).max_unclear_pct
+        block = _measured(task, found, points, answered.codes, design, post, most)
+        out.setdefault("values", {})[task.name] = block
     return out
+
+
+def _measured(
+    task: Task, values: npt.NDArray[np.float64], points: gpd.GeoDataFrame,
+    codes: Mapping[str, int], design: SampleDesign, post: Strata | None, most_pct: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Accuracy of a map of values at the units that have one; others count as unclear.
+
+    As with units that cannot be told, this supposes that they are like the rest of their stratum.
+    """
+    known = np.isfinite(values)
+    left_out = int((~known).sum())
+    if left_out > most_pct / 100 * known.size:
+        why = f"{left_out} of {known.size} units have no value; at most {most_pct:g}% may lack one"
+        return {"why_not": f"{why} (sample.max_unclear_pct)", "unit": task.unit}
+    some = points[known]
+    sample = reference_sample(some, {str(i): codes[str(i)] for i in some["id"]}, design)
+    try:
+        block = values_block(
+            product_path(task.name, MAP), values[known], sample, some, design.sizes(), post,
+            task.unit,
+        )  # fmt: skip
+    except DesignError as err:  # a stratum may be left with less than two units
+        return {"why_not": str(err).splitlines()[0], "unit": task.unit}
+    return block | {"left_out": left_out}
 
 
 def _post_strata(design: SampleDesign) -> Strata | None:
@@ -137,6 +162,7 @@ class Answered:
         said: Class code by unit, of each interpreter.
         compared: How interpreters differ and what it does to the areas; empty with one.
         blocks: Further blocks of ``accuracy.json``.
+        values: Measured value by unit, of each task of values that has some.
     """
 
     codes: dict[str, int]
@@ -144,11 +170,14 @@ class Answered:
     said: dict[str, dict[str, int]] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def _answers(
-    settings: Sample, points: gpd.GeoDataFrame, legend: Legend, design: SampleDesign
+    campaign: Campaign, points: gpd.GeoDataFrame, legend: Legend, design: SampleDesign
 ) -> Answered:
+    settings = settings_of(campaign)
+    measured = [t for t in campaign.tasks if t.kind is TaskKind.REGRESSION]
     if settings.answers == "truth":
         import rasterio
 
@@ -156,8 +185,12 @@ def _answers(
         with rasterio.open(TRUTH / "landcover.tif") as src:
             xy = np.column_stack([asked.geometry.x, asked.geometry.y])
             codes = [int(v[0]) for v in src.sample(xy)]
-        return Answered(dict(zip(asked["id"].astype(str), codes, strict=True)), {})
-    table = read_answers(settings.answer_paths, design, points, legend)
+        ids, truth = asked["id"].astype(str), TRUTH / "height.tif"
+        heights = values_at(truth, asked) if truth.exists() else np.array([])
+        known = {i: float(v) for i, v in zip(ids, heights, strict=False) if np.isfinite(v)}
+        values = {t.name: known for t in measured if known}
+        return Answered(dict(zip(ids, codes, strict=True)), {}, values=values)
+    table = read_answers(settings.answer_paths, design, points, legend, campaign.tasks)
     answers = settle(table, points, settings)
     code = dict(zip(legend.names, legend.codes, strict=True))
     facts = {**answers.facts, "unclear": list(answers.unclear)}
@@ -165,7 +198,11 @@ def _answers(
         who: {i: code[name] for i, name in units.items() if name in code}
         for who, units in answers.said.items()
     }
-    return Answered({i: code[name] for i, name in answers.classes.items()}, facts, said)
+    values = {t.name: settle_values(table, t, CONSENSUS) for t in measured}
+    return Answered(
+        {i: code[name] for i, name in answers.classes.items()}, facts, said,
+        values={name: found for name, found in values.items() if found},
+    )  # fmt: skip
 
 
 def _waiting(campaign: Campaign) -> dict[str, Any] | None:

@@ -388,6 +388,11 @@ class Campaign(Section):
 
     name: Name = Field(description="Short name: lower-case letters, digits, - and _.")
     title: str = Field(description="Title of the map, as it stands in the report.")
+    license: str = Field(
+        "other", pattern=r"^[A-Za-z0-9][A-Za-z0-9.+() -]*$",
+        description="Licence of the products in their STAC item: an SPDX name such as "
+        "`CC-BY-4.0`, or an expression of several; `other` says that none is given.",
+    )  # fmt: skip
     seed: int = Field(20260, ge=0, description="Seed of everything random (integer).")
     aoi: Aoi = Field(description="Area of interest.")
     grid: Grid = Field(default_factory=Grid, description="Pixel grid and tiles.")

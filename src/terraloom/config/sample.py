@@ -92,7 +92,8 @@ class Sample(Section):
     answers: str | list[str] | None = Field(
         None,
         description="Files with answers (CSV or GeoJSON with id, class and, if wanted, "
-        "interpreter, confidence, date, comment); `truth`: the simulated region answers. Without "
+        "interpreter, confidence, date, comment, and value_TASK with what was measured for a task "
+        "of values); `truth`: the simulated region answers. Without "
         "answers the areas are map areas.",
     )
     primary: str | None = Field(

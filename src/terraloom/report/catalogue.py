@@ -140,6 +140,7 @@ def _item(root: Path, campaign: Campaign, record: Any, where: Path) -> pystac.It
     item.properties.update(
         {
             "title": campaign.title,
+            "license": campaign.license,
             "gsd": abs(float(geobox.affine.a)),
             **_projection(geobox),
             "terraloom:version": __version__,

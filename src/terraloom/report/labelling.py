@@ -22,6 +22,7 @@ from terraloom import __version__
 from terraloom.assess.answers import CANNOT_TELL, CONFIDENCE, CONSENSUS
 from terraloom.assess.design import SampleDesign
 from terraloom.assess.kept import read_points, require_unedited
+from terraloom.assess.measured import value_columns
 from terraloom.assess.run import require_present_map
 from terraloom.assess.sampling import DESIGN, MAP, POINTS, settings_of
 from terraloom.config.campaign import Campaign
@@ -123,6 +124,11 @@ def _data(
         "confidence": list(CONFIDENCE),
         "classes": [
             {"name": n, "color": c} for n, c in zip(legend.names, legend.colors, strict=True)
+        ],
+        "values": [
+            {"column": column, "label": task.name.replace("_", " ").replace("-", " "),
+             "unit": task.unit or "", "range": list(task.range) if task.range else None}
+            for column, task in value_columns(campaign.tasks).items()
         ],
         "side": side,
         "pixel": grid.resolution_m,

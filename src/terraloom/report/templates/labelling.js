@@ -11,7 +11,7 @@ const points = data.points;
 const index = new Map(points.map((p, n) => [p.id, n]));
 const classes = new Set([...data.classes.map((c) => c.name), data.cannotTell]);
 
-// answers[name][id] = {class, confidence, comment, date}
+// answers[name][id] = {class, confidence, comment, date, values: {column: text}}
 let answers = {};
 let who = "";
 let at = 0;
@@ -267,6 +267,8 @@ function show() {
   for (const b of document.querySelectorAll("#confidence button"))
     b.setAttribute("aria-checked", b.dataset.name === answer.confidence);
   byId("comment").value = answer.comment || "";
+  for (const field of document.querySelectorAll("#values input"))
+    field.value = (answer.values || {})[field.name] || "";
   byId("mapped").hidden = true;
   showOthers(point);
   controls();
@@ -282,7 +284,9 @@ function showOthers(point) {
   for (const name of others()) {
     const a = answers[name][point.id];
     const line = document.createElement("p");
-    line.textContent = a ? `${name}: ${a.class}, ${a.confidence}${a.comment ? " (" + a.comment + ")" : ""}` : `${name}: no answer`;
+    const measured = a ? data.values.filter((v) => (a.values || {})[v.column]) : [];
+    const extra = measured.map((v) => `, ${v.label} ${a.values[v.column]} ${v.unit}`.trimEnd()).join("");
+    line.textContent = a ? `${name}: ${a.class}, ${a.confidence}${extra}${a.comment ? " (" + a.comment + ")" : ""}` : `${name}: no answer`;
     box.append(line);
   }
 }
@@ -333,10 +337,11 @@ function rows() {
 }
 
 function pick(a) {
-  return { class: a.class, interpreter: who, confidence: a.confidence, date: a.date, comment: a.comment };
+  const measured = Object.fromEntries(data.values.map((v) => [v.column, (a.values || {})[v.column] || ""]));
+  return { class: a.class, ...measured, interpreter: who, confidence: a.confidence, date: a.date, comment: a.comment };
 }
 
-const COLUMNS = ["id", "class", "interpreter", "confidence", "date", "comment", "lon", "lat", "sample"];
+const COLUMNS = ["id", "class", ...data.values.map((v) => v.column), "interpreter", "confidence", "date", "comment", "lon", "lat", "sample"];
 
 function csv() {
   const cell = (v) => (/[",\r\n]/.test(String(v)) ? `"${String(v).replaceAll('"', '""')}"` : String(v));
@@ -429,6 +434,7 @@ function take(found, file) {
         confidence: data.confidence.includes(r.confidence) ? r.confidence : "",
         comment: r.comment || "",
         date: r.date || "",
+        values: Object.fromEntries(data.values.map((v) => [v.column, String(r[v.column] ?? "")])),
       };
       n++;
     }
@@ -506,6 +512,27 @@ function choice(key, text, color) {
   b.append(swatch, label);
 }
 
+function measure(value) {
+  const label = document.createElement("label");
+  const field = document.createElement("input");
+  field.type = "number";
+  field.step = "any";
+  field.name = value.column;
+  if (value.range) [field.min, field.max] = value.range;
+  field.addEventListener("change", () => {
+    const text = field.value.trim();
+    if (text && !field.checkValidity()) {
+      say(`${value.label}: a number${value.range ? ` from ${value.range[0]} to ${value.range[1]}` : ""}.`);
+      return;
+    }
+    set({ values: { ...(given(points[at].id) || {}).values, [value.column]: text } });
+  });
+  const unit = document.createElement("span");
+  unit.textContent = value.unit;
+  label.append(value.label, field, unit);
+  byId("values").append(label);
+}
+
 const actions = new Map();
 
 function build() {
@@ -518,6 +545,7 @@ function build() {
   byId("classes").classList.toggle("many", data.classes.length > 11);
   for (const level of data.confidence)
     button(byId("confidence"), "", level[0], level, level, () => set({ confidence: level }));
+  data.values.forEach(measure);
   for (const [value, [text]] of Object.entries(FILTERS)) byId("filter").add(new Option(text, value));
 
   const onlyOpen = () => pickFilter(filter === "open" ? "all" : "open");
@@ -535,6 +563,8 @@ function build() {
     ["?", "these keys", () => byId("keys").showModal()],
   ];
   if (points.some((p) => "map" in p)) plain.push(["f", "class of the map, shown after you decided", revealMap]);
+  if (data.values.length)
+    plain.push(["=", "write what was measured; Esc ends it", () => document.querySelector("#values input").focus()]);
   for (const [key, , act] of plain) actions.set(key, act);
   const keysOf = data.classes.length > 1 ? `${KEYS[0]} – ${KEYS[Math.min(data.classes.length, KEYS.length) - 1]}` : KEYS[0];
   const lines = [[keysOf, "choose a class"], ["→ Enter", "next point"], ["←", "point before"], ["Del", "clear the answer"], ...plain];
