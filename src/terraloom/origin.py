@@ -15,10 +15,12 @@ from terraloom.errors import StateError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.state import code_digest
 
-__all__ = ["TAG", "config_digest", "map_digest", "map_tags", "used_scenes"]
+__all__ = ["PINNED", "TAG", "config_digest", "map_digest", "map_tags", "used_scenes"]
 
 #: What the names of all tags begin with. No colon: GDAL takes it for the end of the name.
 TAG = "TERRALOOM_"
+#: File in the folder of a model that came from a release.
+PINNED = "pinned.json"
 #: Longest list of scene ids that is written into each file, characters.
 _IDS_LENGTH = 4000
 #: Keys that say how or how fast a map is computed or judged, but change no pixel of it.
@@ -78,7 +80,7 @@ def map_tags(campaign: Campaign, results: Path = Path("results")) -> dict[str, s
     Returns:
         Names (with the prefix) and values: campaign, digest of its keys, version and digest of
         the code, periods, scenes (count, digest, ids where they are few), labels (digest of the
-        aligned labels), networks (count, digest of their weights).
+        aligned labels), networks (count, digest of their weights), release of a pinned model.
     """
     periods = campaign.cube.periods
     told = {
@@ -99,4 +101,7 @@ def map_tags(campaign: Campaign, results: Path = Path("results")) -> dict[str, s
     if cards:
         told["NETWORKS"] = str(len(cards))
         told["WEIGHTS"] = digest_json([read_json(c).get("sha256") for c in cards])
+    pinned = results / "model" / PINNED
+    if pinned.is_file():
+        told["MODEL_RELEASE"] = str(read_json(pinned)["release"])
     return {TAG + key: value for key, value in told.items()}

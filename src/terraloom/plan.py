@@ -22,11 +22,11 @@ from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError
 from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import digest_json, write_text
-from terraloom.origin import map_digest
+from terraloom.origin import PINNED, map_digest
 
 __all__ = [
-    "CUBES", "SUFFIXES", "TILES", "Plan", "Resolved", "campaign_values", "product_names",
-    "product_path", "product_suffix", "resolve_campaign",
+    "CUBES", "SUFFIXES", "TILES", "Plan", "Resolved", "campaign_values", "check_pinned",
+    "product_names", "product_path", "product_suffix", "resolve_campaign",
 ]  # fmt: skip
 
 #: Stores of tiles: their cubes, and what is predicted.
@@ -129,6 +129,26 @@ def _from_run_folder(data: dict[str, Any], project: str) -> dict[str, Any]:
         elif given and given != "truth":
             sample[key] = path(given)
     return data
+
+
+def check_pinned(campaign: Campaign, run_dir: Path = Path()) -> None:
+    """Refuse the model of another release than the one the campaign names.
+
+    Raises:
+        ConfigError: ``milestones.model`` names a release, and ``results/model`` is not of it.
+    """
+    wanted = campaign.milestones.model
+    if wanted in ("build", "frozen"):
+        return
+    path = run_dir / "results/model" / PINNED
+    found = json.loads(path.read_text(encoding="utf-8"))["release"] if path.is_file() else None
+    if found != wanted:
+        there = f"of release {found}" if found else "not pinned" if path.parent.exists() else "none"
+        raise ConfigError(
+            f"the campaign wants the model of release {wanted}; here it is: {there}",
+            where="milestones.model", allowed="build, frozen, or the name of a release",
+            fix=f"terraloom pin model {wanted}",
+        )  # fmt: skip
 
 
 def product_names(campaign: Campaign) -> list[str]:

@@ -11,7 +11,7 @@ from terraloom.errors import TerraloomError
 from terraloom.io import digest_json
 from terraloom.operate.record import begin_run, end_run, other_run
 from terraloom.operate.resume import MARK_VARIABLE
-from terraloom.plan import Plan, resolve_campaign
+from terraloom.plan import Plan, check_pinned, resolve_campaign
 from terraloom.state import code_digest, files_digest
 
 PROJECT = os.path.relpath(Path(workflow.basedir).parent)
@@ -19,6 +19,7 @@ PROJECT = os.path.relpath(Path(workflow.basedir).parent)
 try:
     CAMPAIGN, RESOLVED = resolve_campaign(config, project=PROJECT)
     PLAN = Plan.of(CAMPAIGN)
+    check_pinned(CAMPAIGN)
 except TerraloomError as problem:
     raise WorkflowError(str(problem))
 

@@ -21,6 +21,8 @@ __all__ = [
 
 MaskName = Literal["auto", "layer", "spectral", "s2cloudless", "csmask", "omnicloudmask"]
 Milestone = Literal["build", "frozen"]
+#: `build`, `frozen`, or the name of a release.
+ModelMilestone = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Aoi(Section):
@@ -380,7 +382,11 @@ class Milestones(Section):
 
     scenes: Milestone = Field("build", description="`build` or `frozen`.")
     chips: Milestone = Field("build", description="`build` or `frozen`.")
-    model: Milestone = Field("build", description="`build` or `frozen`.")
+    model: ModelMilestone = Field(
+        "build",
+        description="`build`, `frozen`, or the release whose model is used as it is "
+        "(`terraloom pin model TAG` fetches it).",
+    )
 
 
 class Campaign(Section):

@@ -24,9 +24,11 @@ import yaml
 
 from terraloom.errors import StateError
 from terraloom.io import digest_json, sha256, write_text
-from terraloom.operate.versions import MILESTONES, PROVENANCE, call_dvc, locked_outs
+from terraloom.operate.stored import CAMPAIGN, MILESTONES, PROVENANCE, call_dvc, locked_outs
 
-__all__ = ["MILESTONES", "PROVENANCE", "RECORD_FORMAT", "restore_state", "save_state"]
+__all__ = [
+    "MILESTONES", "PROVENANCE", "RECORD_FORMAT", "check_format", "restore_state", "save_state",
+]  # fmt: skip
 
 #: Snakemake's record format that this module reads and writes.
 RECORD_FORMAT = 6
@@ -61,7 +63,7 @@ def save_state(run_dir: Path = Path(), milestones: Sequence[str] | None = None) 
         StateError: Nothing to save, an unfinished run, results that do not fit together, or
             another record format.
     """
-    _check_format()
+    check_format()
     frozen = _frozen(run_dir)
     names = _to_save(run_dir, milestones, frozen)
     records = _merged(run_dir, frozen)
@@ -76,6 +78,7 @@ def save_state(run_dir: Path = Path(), milestones: Sequence[str] | None = None) 
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         lines.append(f"results/{name}/{PROVENANCE}: {len(part)} records")
+    _keep_campaign(run_dir, names)
     lines += [f"results/{m}: frozen, left as it is" for m in MILESTONES if m in frozen]
     outside = sorted({p for part in chosen.values() for r in part.values() for p in _absolute(r)})
     if outside:
@@ -104,7 +107,7 @@ def restore_state(run_dir: Path = Path()) -> str:
             missing from the DVC cache, or the records are missing or of another format. Nothing
             is overwritten by force.
     """
-    _check_format()
+    check_format()
     _check_idle(run_dir)
     names = [m for m in MILESTONES if f"results/{m}" in locked_outs(run_dir)]
     if not names:
@@ -134,7 +137,12 @@ def restore_state(run_dir: Path = Path()) -> str:
     return "\n".join(lines)
 
 
-def _check_format() -> None:
+def check_format() -> None:
+    """Refuse a Snakemake whose records this module does not know.
+
+    Raises:
+        StateError: Names both formats.
+    """
     found = importlib.import_module("snakemake.persistence").RECORD_FORMAT_VERSION
     if found != RECORD_FORMAT:
         raise StateError(
@@ -216,6 +224,16 @@ def _to_save(run_dir: Path, wanted: Sequence[str] | None, frozen: set[str]) -> l
             where=str(run_dir), fix="run snakemake first",
         )  # fmt: skip
     return [m for m in here if m not in frozen and (wanted is None or m in wanted)]
+
+
+def _keep_campaign(run_dir: Path, milestones: Sequence[str]) -> None:
+    """The campaign as it ran goes with the map, so that two maps can be compared key by key."""
+    path = run_dir / "work" / "campaign.yaml"
+    if "map" not in milestones or not path.is_file():
+        return
+    kept, text = run_dir / "results" / "map" / CAMPAIGN, path.read_text(encoding="utf-8")
+    if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
+        write_text(kept, text)
 
 
 def _frozen(run_dir: Path) -> set[str]:

@@ -164,6 +164,8 @@ def _made_from(root: Path, campaign: Campaign) -> dict[str, Any]:
     }
     for name in ("CONFIG", "CODE", "LABELS", "WEIGHTS"):
         found[f"terraloom:map_{name.lower()}"] = tags.get(TAG + name)
+    if f"{TAG}MODEL_RELEASE" in tags:
+        found["terraloom:model_release"] = tags[f"{TAG}MODEL_RELEASE"]
     accuracy = provenance.optional_json(root / "map" / "accuracy.json")
     if accuracy:
         found["terraloom:estimator"] = {

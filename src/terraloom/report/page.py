@@ -21,6 +21,7 @@ from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.io import read_json, write_text
+from terraloom.origin import PINNED
 from terraloom.plan import product_path
 from terraloom.report import (
     charts,
@@ -257,6 +258,7 @@ def _made(
         "config_digest": provenance.config_digest(campaign),
         "versions": provenance.versions(),
         "weights": provenance.weights(root),
+        "pinned": provenance.optional_json(root / "model" / PINNED),
         "products": products,
         "scenes": [r.id for r in rows if r.used],
         "tasks": "; ".join(kinds),
