@@ -20,6 +20,7 @@ from terraloom.config.campaign import Regions
 from terraloom.config.labels import Task
 from terraloom.config.simulation import Simulation
 from terraloom.grid import CampaignGrid
+from terraloom.io import read_store
 from terraloom.legend import Legend
 from terraloom.predict.layers import Layers
 from terraloom.predict.members import decode_members, encode_members
@@ -90,6 +91,9 @@ def test_spread_is_that_of_the_pixels(tmp_path: Path) -> None:
             rows, cols = window.within(Window(0, 0, H, W))
             part = {k: v[..., rows, cols] for k, v in values.items()}
             writer.write(window, held, part, reasons[rows, cols])
+    store = read_store(tmp_path / f"{tiles[0].name}.zip")  # as the products read it
+    assert store["members_cover"].shape == (M, 3, 8, 8)
+    assert store["members_height"].shape == (M, 1, 8, 8)
     x0, y1 = 420000, 5812320 + H * 10
     shapes = [box(x0 + 60, y1 - 900, x0 + 960, y1 - 300), box(x0, y1 - 1380, x0 + 1860, y1),
               Polygon([(x0 + 100, y1 - 133), (x0 + 1777, y1 - 401), (x0 + 903, y1 - 1391)]),

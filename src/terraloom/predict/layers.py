@@ -95,7 +95,8 @@ class Layers:
     def dims(name: str, ndim: int) -> tuple[str, ...]:
         """Names of a layer's dimensions in the store of a tile."""
         if ndim == 4:
-            return ("member", "channel", "y_cell", "x_cell")
+            # Of classes and of a value there are not the same number of channels.
+            return ("member", f"{name}_channel", "y_cell", "x_cell")
         return ("y", "x") if ndim == 2 else (_FIRST.get(name, "part"), "y", "x")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from terraloom.plan import product_path
 from terraloom.report import charts, facts, figures, formats
 
 __all__ = ["applicability", "coverage", "trust"]
@@ -39,7 +40,7 @@ def coverage(
         held_out: Content of ``held_out.json``.
         task: Name of the class map's task.
     """
-    path = root / "map" / "conformal_set.tif"
+    path = product_path("conformal_set", root / "map")
     found = (held_out.get("coverage") or {}).get(task)
     if not path.is_file() or not isinstance(found, Mapping):
         return None
@@ -96,7 +97,7 @@ def _values(held_out: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
 
 def applicability(root: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Dissimilarity to the training data, and the share of the map that is like it."""
-    path = root / "map" / "applicability.tif"
+    path = product_path("applicability", root / "map")
     facts_of_map = record.get("applicability")
     if not path.is_file() or not isinstance(facts_of_map, Mapping):
         return None
