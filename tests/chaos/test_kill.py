@@ -1,5 +1,7 @@
 """A run that is killed at any moment, and started again, ends as if nothing had happened.
 
+Between kill and start the time zone changes, and now and then the clock jumps back by a day.
+
 ``make test-chaos`` runs the long one. ``TERRALOOM_CHAOS_KILLS`` sets the least number of kills,
 ``TERRALOOM_CHAOS_SEED`` repeats their moments as far as a machine repeats its speed.
 """
@@ -25,14 +27,18 @@ from support.chaos import (
     leftovers,
     products,
     said,
+    set_clock_back,
     start,
 )  # fmt: skip
 from support.road import REHEARSAL, command, jobs, snakemake
 
 KILLS = int(os.environ.get("TERRALOOM_CHAOS_KILLS", "30"))
 SEED = int(os.environ.get("TERRALOOM_CHAOS_SEED", "0")) or random.SystemRandom().randrange(10**6)
-#: Longest undisturbed stretch of a run that is killed again and again, seconds.
+#: Longest undisturbed stretch of a run that is killed again and again, seconds, at first.
 LONGEST_S = float(os.environ.get("TERRALOOM_CHAOS_STRETCH_S", "45"))
+
+#: Time zones of the runs after a kill.
+ZONES = ("UTC", "Pacific/Auckland", "America/St_Johns", "Asia/Kathmandu")
 
 
 def stage(folder: Path) -> str:
@@ -52,12 +58,16 @@ class Kill:
 
 
 def run_killed(folder: Path, dice: random.Random) -> list[Kill]:
-    """Run a campaign to its end, killed at random moments."""
+    """Run a campaign to its end, killed at random moments.
+
+    Who finishes nothing between two kills is given more time.
+    """
     kills: list[Kill] = []
+    stretch, before = LONGEST_S, len(finished_jobs(folder))
     while True:
-        process = start(folder, "--cores", "2", "--rerun-incomplete")
+        process = start(folder, "--cores", "2", zone=dice.choice(ZONES))
         try:
-            code = process.wait(dice.uniform(0.5, LONGEST_S))
+            code = process.wait(dice.uniform(0.5, stretch))
         except subprocess.TimeoutExpired:
             code = None
         if code is not None:
@@ -66,7 +76,14 @@ def run_killed(folder: Path, dice: random.Random) -> list[Kill]:
         kill_tree(process)
         kills.append(Kill(stage(folder), finished_jobs(folder), finished_units(folder)))
         print(f"kill {len(kills)}: {kills[-1].doing}", flush=True)
-        snakemake(folder, "--unlock", campaign=REHEARSAL, keys=SMALL)
+        now = len(kills[-1].jobs)
+        stretch, before = (LONGEST_S if now > before else 1.5 * stretch), now
+        if len(kills) % 7 == 3:
+            set_clock_back(folder)
+        if len(kills) % 5 == 1:
+            snakemake(folder, "--unlock", campaign=REHEARSAL, keys=SMALL)
+        else:  # the same at once: Snakemake draws its plan first
+            shutil.rmtree(folder / ".snakemake/locks", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from terraloom.scratch import host_name
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 HAVEL, REHEARSAL = "config/campaigns/havel.yaml", "config/campaigns/rehearsal.yaml"
@@ -64,7 +66,7 @@ def pretend_done(folder: Path, **options: object) -> None:
 
 #: Stands in for every verb: writes the outputs of the rule, as the summary lists them.
 _STAND_IN = """#!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys, time
 verb, words = sys.argv[1], sys.argv[2:]
 here = pathlib.Path({folder!r})
 chosen = [w for o, w in zip(words, words[1:]) if o in ("--batch", "--period", "--part", "--fold")]
@@ -72,12 +74,16 @@ for name, rule in json.loads((here / "outputs.json").read_text()).items():
     parts = name.replace(".", "/").replace("fold-", "").split("/")
     parts = parts + [p for part in parts for p in part.split("-")]
     if rule == verb.replace("-", "_") and all(c in parts for c in chosen):
-        pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+        made = pathlib.Path(name)
+        made.parent.mkdir(parents=True, exist_ok=True)
         kept = here / "kept" / pathlib.Path(name).name
         text = kept.read_text() if kept.exists() else name
         if "--stamp" in words:
             text = json.dumps({{"stamp": words[words.index("--stamp") + 1]}})
-        pathlib.Path(name).write_text(text)
+        temporary = made.with_name(f".tmp-{{os.getpid()}}@{host}-x")
+        temporary.write_text(text)
+        time.sleep(float(os.environ.get("STAND_IN_S", "0")))
+        temporary.rename(made)
 """
 
 
@@ -89,6 +95,15 @@ def run_stand_ins(folder: Path, kept: dict[str, str], **options: object) -> None
         kept: Name of an output: the text it gets.
         **options: Of :func:`snakemake`.
     """
+    place = put_stand_ins(folder, kept, **options)
+    snakemake(folder, "all", "--cores", "2", before=str(place), **options)  # type: ignore[arg-type]
+
+
+def put_stand_ins(folder: Path, kept: dict[str, str], **options: object) -> Path:
+    """Make stand-ins for all verbs; the folder they are in.
+
+    Each takes ``STAND_IN_S`` seconds (of the environment) for an output, under a temporary name.
+    """
     place = folder / "stand-in"
     (place / "kept").mkdir(parents=True, exist_ok=True)
     summary = snakemake(folder, "all", "--summary", **options)  # type: ignore[arg-type]
@@ -98,6 +113,6 @@ def run_stand_ins(folder: Path, kept: dict[str, str], **options: object) -> None
     for name, text in kept.items():
         (place / "kept" / name).write_text(text)
     program = place / "terraloom"
-    program.write_text(_STAND_IN.format(python=sys.executable, folder=str(place)))
+    program.write_text(_STAND_IN.format(python=sys.executable, folder=str(place), host=host_name()))
     program.chmod(0o755)
-    snakemake(folder, "all", "--cores", "2", before=str(place), **options)  # type: ignore[arg-type]
+    return place

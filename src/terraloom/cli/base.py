@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -93,12 +94,33 @@ def main() -> None:
     except TerraloomError as err:
         typer.echo(f"error: {err}", err=True)
         sys.exit(2)
-    except OSError as err:
-        if err.errno != 28:  # ENOSPC
+    except (OSError, MemoryError, RuntimeError) as err:
+        said = _of_the_machine(err)
+        if not said:
             raise
-        typer.echo(
-            f"error: {err.filename or 'a file'}: the disk is full\n  to do: free space and rerun; "
-            "finished tiles are kept, nothing half-written was left",
-            err=True,
-        )
+        typer.echo(f"error: {said}; finished tiles are kept", err=True)
         sys.exit(2)
+
+
+def _of_the_machine(err: Exception) -> str:
+    """What the machine lacks, and what to do; empty for other errors."""
+    if isinstance(err, MemoryError) or "can't allocate memory" in str(err):  # numpy; torch
+        return (
+            "there is not enough memory\n  to do: fewer jobs at once (--cores), fewer threads or "
+            "smaller windows (predict.window_px), or a larger machine"
+        )
+    if not isinstance(err, OSError):
+        return ""
+    file = err.filename or "a file"
+    match err.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return (
+                f"{file}: the disk is full, or your share of it\n  to do: free space and rerun; "
+                "nothing half-written was left"
+            )
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return (
+                f"{file}: cannot be written or read here ({err.strerror})\n  to do: run "
+                "in a folder of your own (snakemake --directory), or mend its permissions"
+            )
+    return ""

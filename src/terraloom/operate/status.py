@@ -180,7 +180,7 @@ def _events(log: Path | None) -> _Events:
 def _job(folder: Path, job: Mapping[str, Any], events: _Events, run: str, now: float) -> Job:
     number, seconds = int(job["id"]), None
     state: State = "to do"
-    if not job["todo"] or number in events.finished:
+    if not job["todo"] or number in events.finished or run == "done":
         state, seconds = "done", _measured(folder, job)
     elif number in events.failed:
         state = "failed"
