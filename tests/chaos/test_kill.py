@@ -22,7 +22,7 @@ import pytest
 from support.chaos import (
     SMALL,
     finished_jobs,
-    finished_units,
+    finished_tiles,
     kill_tree,
     leftovers,
     products,
@@ -54,7 +54,7 @@ class Kill:
 
     doing: str
     jobs: dict[str, float]
-    units: dict[str, tuple[int, int]]
+    tiles: dict[str, int]
 
 
 def run_killed(folder: Path, dice: random.Random) -> list[Kill]:
@@ -74,7 +74,7 @@ def run_killed(folder: Path, dice: random.Random) -> list[Kill]:
             assert code == 0, said(folder)[-4000:]
             return kills
         kill_tree(process)
-        kills.append(Kill(stage(folder), finished_jobs(folder), finished_units(folder)))
+        kills.append(Kill(stage(folder), finished_jobs(folder), finished_tiles(folder)))
         print(f"kill {len(kills)}: {kills[-1].doing}", flush=True)
         now = len(kills[-1].jobs)
         stretch, before = (LONGEST_S if now > before else 1.5 * stretch), now
@@ -128,12 +128,12 @@ def check(folder: Path, wanted: dict[str, str], kills: list[Kill]) -> None:
     differ = sorted(n for n in wanted.keys() | now.keys() if wanted.get(n) != now.get(n))
     assert not differ, f"{differ} differ from the undisturbed run"
     assert leftovers(folder) == []
-    ended, units = finished_jobs(folder), finished_units(folder)
+    ended, tiles = finished_jobs(folder), finished_tiles(folder)
     for kill in kills:
         again = [o for o, when in kill.jobs.items() if ended.get(o) != when]
         assert not again, f"finished jobs were done again: {again}"
-        again = [o for o, what in kill.units.items() if units.get(o) != what]
-        assert not again, f"finished tiles or networks were made again: {again}"
+        again = [o for o, what in kill.tiles.items() if tiles.get(o) != what]
+        assert not again, f"finished tiles were made again: {again}"
     plan = snakemake(folder, "-n", campaign=REHEARSAL, keys=SMALL)
     assert "Nothing to be done" in plan and jobs(plan) == {}
     saved = command("terraloom", "state", "save", cwd=folder).stdout

@@ -32,8 +32,8 @@ SMALL = (
     "model={members: 1, epochs: 2}",
     "sample={size: 100, min_per_stratum: 5}",
 )
-#: Files of one tile or one network: finished ones are never made again.
-UNITS = ("work/cube/*.zip", "work/predict/*.zip", "results/model/fold-*/*.safetensors")
+#: Files of one tile: finished ones are never made again, whatever becomes of their job.
+TILES = ("work/cube/*.zip", "work/predict/*.zip")
 DAY_S = 24 * 3600
 
 
@@ -100,17 +100,16 @@ def finished_jobs(folder: Path) -> dict[str, float]:
     return found
 
 
-def finished_units(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of day of each finished tile and network; clocks jump by whole days."""
-    found = {}
-    for pattern in UNITS:
-        for path in folder.glob(pattern):
-            if path.suffix == ".safetensors" and not path.with_suffix(".json").exists():
-                continue  # its card is written last
-            found[path.relative_to(folder).as_posix()] = (
-                path.stat().st_ino, path.stat().st_mtime_ns % (DAY_S * 10**9),
-            )  # fmt: skip
-    return found
+def finished_tiles(folder: Path) -> dict[str, int]:
+    """Inode of each finished tile: one that is made again is renamed over the old, and has another.
+
+    Times do not tell: they follow the clock.
+    """
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_ino
+        for pattern in TILES
+        for path in folder.glob(pattern)
+    }
 
 
 def set_clock_back(folder: Path) -> None:

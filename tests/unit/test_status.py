@@ -180,6 +180,23 @@ def test_logs_by_tile_job_rule_and_wildcard(run: Path) -> None:
         find_logs("x000y00")
 
 
+def test_what_snakemake_refuses_has_failed(run: Path) -> None:
+    said = 'WorkflowError in rule build_cube in file "p.smk", line 4:\nOutput b0001 is older.\n'
+    write(run, ".snakemake/log/a.log", SAID + said)
+    end_run("failed")
+    failed = read_status(run).jobs[2]
+    assert (failed.state, failed.reason) == ("failed", "Output b0001 is older.")
+
+
+def test_files_of_a_time_to_come_are_dated_now(run: Path) -> None:
+    tile, other = run / "work/cube/x000y000.zip", run / "work/cube/x000y001.zip"
+    ahead, before = time.time() + 24 * 3600, other.stat().st_mtime_ns
+    os.utime(tile, (ahead, ahead))
+    told = begin_run(JOBS, tiles=TILES, title="demo", log=None, at_once=None)
+    assert "Dated 1 files" in told
+    assert tile.stat().st_mtime <= time.time() and other.stat().st_mtime_ns == before
+
+
 def test_the_reason_is_the_error_with_what_to_do(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     log.write_text("INFO one\nerror: tile x: damaged\n  to do: fetch it again\n")

@@ -86,9 +86,10 @@ def begin_run(
     log: str | None, at_once: int | None, command: Mapping[str, Any] | None = None,
     folder: Path = Path(),
 ) -> str:  # fmt: skip
-    """Record a run that begins, and remove the temporaries of processes that are gone.
+    """Record a run that begins; remove the temporaries of processes that are gone.
 
-    The caller holds Snakemake's lock of the folder: no other run writes here.
+    Files of a time to come are dated now, see :func:`_settle_clock`. The caller holds Snakemake's
+    lock of the folder: no other run writes here.
 
     Args:
         jobs: All jobs in the order of the plan, with ``id``, ``rule``, ``name``, ``todo``,
@@ -102,9 +103,9 @@ def begin_run(
         folder: Folder of the run.
 
     Returns:
-        What was removed, in one line; empty if nothing.
+        What was removed or dated, a line each; empty if nothing.
     """
-    removed = _swept(folder)
+    told = [_swept(folder), _settle_clock(folder)]
     record = {
         "title": title, "holder": vars(Holder.me()), "ended": None, "log": log, "at_once": at_once,
         "command": command, "tiles": {k: list(v) for k, v in tiles.items()},
@@ -114,7 +115,30 @@ def begin_run(
         ],
     }  # fmt: skip
     write_json(folder / RECORD, record)
-    return removed
+    return "\n".join(filter(None, told))
+
+
+def _settle_clock(folder: Path = Path()) -> str:
+    """Date files of a time to come as of now: the clock was ahead, or jumped back.
+
+    Snakemake refuses the outputs of a job that are older than its inputs, so a run could not go on
+    until the clock has caught up. What is stale is decided by content.
+
+    Returns:
+        How many there were, in one line; empty if none.
+    """
+    now, count = time.time(), 0
+    for name in _WRITTEN:
+        for root, _, files in os.walk(folder / name):
+            for file in files:
+                path = Path(root, file)
+                try:
+                    if path.lstat().st_mtime > now:
+                        os.utime(path, (now, now), follow_symlinks=False)
+                        count += 1
+                except (FileNotFoundError, PermissionError):
+                    continue  # another user's: Snakemake will say so
+    return f"Dated {count} files of a time to come as of now: a clock was ahead." if count else ""
 
 
 def _any_there(folder: Path, files: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ _SIZES_S = 0.8
 _STAMP = re.compile(r"\[(\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4})\]")
 _STARTED = re.compile(r"(?:Job|rule|localrule|jobid:?) ?(\d+):")
 _FINISHED = re.compile(r"Finished jobid: (\d+)")
+#: Snakemake itself refuses what a job made; the next line says why.
+_REFUSED = re.compile(r"\w+(?:Error|Exception) in rule (\w+) in file")
 _SIGNAL = re.compile(r"died with <Signals\.(\w+): (\d+)>|non-zero exit status (1[2-9]\d)\b")
 #: Lines of a log that are shown as the reason of a failure.
 _REASON_LINES = 4
@@ -152,13 +155,14 @@ class _Events:
     finished: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     signal: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 def _events(log: Path | None) -> _Events:
     found = _Events()
     if log is None or not log.exists():
         return found
-    when, error, signal = 0.0, False, ""
+    when, error, signal, refused = 0.0, False, "", ""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if stamp := _STAMP.match(line):
             when, error = time.mktime(time.strptime(stamp[1])), False
@@ -167,6 +171,10 @@ def _events(log: Path | None) -> _Events:
             found.failed.discard(int(begun[1]))
         elif done := _FINISHED.match(line):
             found.finished.add(int(done[1]))
+        elif rule := _REFUSED.match(line):
+            refused = rule[1]
+        elif refused:
+            found.refused[refused], refused = line, ""
         elif killed := _SIGNAL.search(line):
             signal = killed[1] or f"signal {int(killed[3]) - 128}"
         elif line.startswith("Error in rule"):
@@ -184,6 +192,11 @@ def _job(folder: Path, job: Mapping[str, Any], events: _Events, run: str, now: f
         state, seconds = "done", _measured(folder, job)
     elif number in events.failed:
         state = "failed"
+    elif number in events.started and job["rule"] in events.refused:
+        return Job(
+            number, job["rule"], job["name"], "failed", list(job["log"]),
+            reason=events.refused[job["rule"]],
+        )  # fmt: skip
     elif number in events.started:
         state = "running" if run in ("running", "unknown") else "interrupted"
         seconds = now - events.started[number] if state == "running" else None
@@ -325,7 +338,8 @@ def text_of(status: RunStatus) -> str:
     failed = [j for j in status.jobs if j.state == "failed"]
     for job in failed[:5]:
         lines += ["", f"FAILED {_named(job)}; terraloom logs {job.name or job.rule}"]
-        lines += [f"  {line}" for line in job.reason.splitlines()[:6]]
+        for line in job.reason.splitlines()[:6]:
+            lines += textwrap.wrap(line, 78, initial_indent="  ", subsequent_indent="  ")[:4]
     if len(failed) > 5:
         lines += ["", f"and {len(failed) - 5} more failed"]
     return "\n".join(lines)
