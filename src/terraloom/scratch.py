@@ -25,6 +25,9 @@ MARK = ".tmp-"
 #: nothing was written to it for so long, seconds.
 _ABANDONED_S = 2 * 24 * 3600
 
+#: Times that a folder is removed, until no thread has put a file into it meanwhile.
+_TRIES = 40
+
 #: Folders of every system. TMPDIR with one of them says nothing: Snakemake sets it for each job.
 _COMMON = ("/tmp", "/var/tmp", "/usr/tmp")
 
@@ -68,8 +71,21 @@ def scratch_folder(parent: Path, kind: str) -> Iterator[Path]:
         kind: What it is for, small letters.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix(kind)) as folder:
-        yield Path(folder)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix(kind)))
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which threads may still write: after an error zarr lets its others end."""
+    for _ in range(_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+    # What is left is swept when the run ends.
 
 
 def alive(pid: int) -> bool:

@@ -10,9 +10,9 @@ bytes. xarray opens a store in one line and finds the coordinate system of every
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from odc.geo.geobox import GeoBox
 
 from terraloom.io import zip_folder
 from terraloom.log import get_logger
-from terraloom.scratch import prefix, staging
+from terraloom.scratch import scratch_folder, staging
 
 __all__ = ["CHUNK_PX", "TileStore", "decode", "encode", "open_arrays"]
 
@@ -80,10 +80,9 @@ class TileStore:
 
     def __init__(self, path: Path, crs: Any) -> None:
         self._path = path
-        place = staging(path.parent)
-        place.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(dir=place, prefix=prefix("store"))
-        self._root = zarr.create_group(Path(self._folder.name) / "store", zarr_format=3)
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch_folder(staging(path.parent), "store"))
+        self._root = zarr.create_group(self._folder / "store", zarr_format=3)
         self._order: list[str] = []
         self._grid_mapping(crs)
 
@@ -97,7 +96,7 @@ class TileStore:
             if kind is None:
                 self._finish()
         finally:
-            self._folder.cleanup()
+            self._scratch.close()
 
     @property
     def attrs(self) -> Any:
@@ -175,7 +174,7 @@ class TileStore:
         )  # fmt: skip
 
     def _finish(self) -> None:
-        root = Path(self._folder.name) / "store"
+        root = self._folder / "store"
         self._consolidate(root)
         zip_folder(root, self._path)
 
