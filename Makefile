@@ -11,7 +11,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow test-chaos test-slurm test-gpu test-extras check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow test-chaos test-chaos-short test-slurm test-gpu test-extras check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
@@ -67,6 +67,10 @@ test-slow: $(READY)
 # Whole runs, killed at 30 random moments; TERRALOOM_CHAOS_SEED=n repeats them.
 test-chaos: $(READY)
 	pytest -m chaos tests
+
+# The same in short: one kill, a second run, a worker and a commit of DVC cut short; no real verbs.
+test-chaos-short: $(READY)
+	pytest -m slow tests/workflow/test_survive.py
 
 # As root: installs SLURM from Debian packages, starts it and stops it again.
 test-slurm: $(READY)

@@ -25,8 +25,8 @@ MARK = ".tmp-"
 #: nothing was written to it for so long, seconds.
 _ABANDONED_S = 2 * 24 * 3600
 
-#: Times that a folder is removed, until no thread has put a file into it meanwhile.
-_TRIES = 40
+#: Times that a folder is removed at most, and looks in a row that must find it absent.
+_TRIES, _QUIET = 40, 4
 
 #: Folders of every system. TMPDIR with one of them says nothing: Snakemake sets it for each job.
 _COMMON = ("/tmp", "/var/tmp", "/usr/tmp")
@@ -74,18 +74,24 @@ def scratch_folder(parent: Path, kind: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix(kind)))
     try:
         yield folder
-    finally:
-        _remove(folder)
+    except BaseException:
+        _remove_for_good(folder)
+        raise
+    shutil.rmtree(folder)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder in which threads may still write: after an error zarr lets its others end."""
+def _remove_for_good(folder: Path) -> None:
+    """Remove a folder that threads still fill: zarr's go on after one of them has failed.
+
+    What comes after the last look is swept when the run ends.
+    """
+    absent = 0
     for _ in range(_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        absent = 0 if folder.exists() else absent + 1
+        if absent > _QUIET:
             return
         time.sleep(0.05)
-    # What is left is swept when the run ends.
 
 
 def alive(pid: int) -> bool:
