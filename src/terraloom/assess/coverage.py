@@ -21,8 +21,9 @@ from terraloom.config.campaign import Campaign, Uncertainty
 from terraloom.config.labels import Task
 from terraloom.legend import read_legend
 from terraloom.train.held_out import HeldOut
-from terraloom.uncertainty.conformal import Interval, Method, fit_interval, fit_sets
+from terraloom.uncertainty.conformal import ClassSets, Interval, Method, fit_interval, fit_sets
 from terraloom.uncertainty.decompose import decompose_regression
+from terraloom.uncertainty.noise_aware import fit_noise_aware_sets, true_class_hits
 
 __all__ = ["Held", "judge_coverage", "judge_intervals", "judge_sets"]
 
@@ -46,7 +47,12 @@ class Held:
 
 
 def judge_coverage(
-    campaign: Campaign, chips: xr.Dataset, cover: HeldOut, p: F64, held: Mapping[str, HeldOut]
+    campaign: Campaign,
+    chips: xr.Dataset,
+    cover: HeldOut,
+    p: F64,
+    held: Mapping[str, HeldOut],
+    noise: F64 | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sets and intervals of all tasks.
 
@@ -56,6 +62,7 @@ def judge_coverage(
         cover: Held-out pixels of the class map.
         p: (N, K) their calibrated probabilities, each by a calibration that has not seen it.
         held: Held-out predictions per task.
+        noise: (K, K) estimated probability of a label given the true class; None: not wanted.
 
     Returns:
         What stands in ``conformal.json``; per task what the report shows.
@@ -66,9 +73,10 @@ def judge_coverage(
     labels = chips[f"label_{task.name}"].to_numpy().ravel().astype(np.int64)
     where = Held(labels[cover.index], blocks[cover.index], cover.fold.astype(np.int64))
     names = read_legend(str(task.classes)).names
-    sets, shown = judge_sets(p, cover.y.astype(np.int64), where, names, settings, rng)
+    sets, shown = judge_sets(p, cover.y.astype(np.int64), where, names, settings, rng, noise)
     intervals, spans = judge_intervals(campaign, held, blocks, rng)
-    record = settings.model_dump(mode="json", include={"coverage", "method", "blocks"})
+    record = settings.model_dump(mode="json", include={"coverage", "method", "blocks",
+                                                        "label_noise"})  # fmt: skip
     return record | {"tasks": {task.name: sets, **intervals}}, {task.name: shown, **spans}
 
 
@@ -79,6 +87,7 @@ def judge_sets(
     names: Sequence[str],
     settings: Uncertainty,
     rng: np.random.Generator,
+    noise: F64 | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Thresholds for the map, and the coverage of sets of classes on held-out blocks.
 
@@ -89,6 +98,8 @@ def judge_sets(
         names: K classes.
         settings: The campaign's.
         rng: Source of the resamples.
+        noise: (K, K) estimated probability of a label given the true class; None: sets are for
+            the label as given.
 
     Returns:
         Record for ``conformal.json``, and what the report shows, for all methods.
@@ -98,11 +109,13 @@ def judge_sets(
         inside = np.zeros(p.shape, dtype=bool)
         for f in np.unique(held.fold):
             old, here = held.fold != f, held.fold == f
-            sets = _sets(p[old], y[old], held.unit[old], held.block[old], settings, method)
+            sets = _sets(p[old], y[old], held.unit[old], held.block[old], settings, method, noise)
             inside[here] = sets.contains(p[here].T).T
         hit = inside[np.arange(len(y)), y]
         size = inside.sum(axis=1)
+        true = None if noise is None else true_class_hits(inside, y, noise)
         shown[method] = {
+            "true_coverage": None if true is None else _mean_of_units(true, held.unit),
             **_coverage(hit, held.unit, held.block, rng),
             "mean_size": _mean_of_units(size, held.unit),
             "single_pct": 100 * _mean_of_units(size == 1, held.unit),
@@ -110,19 +123,23 @@ def judge_sets(
                 {"name": name, **_of_class(hit, y == k, held, rng)} for k, name in enumerate(names)
             ],
         }
-    final = _sets(p, y, held.unit, held.block, settings, settings.method)
+    final = _sets(p, y, held.unit, held.block, settings, settings.method, noise)
     record = {"kind": "sets", **final.record()}
     too_few = [n for n, t in zip(names, record["thresholds"], strict=True) if t is None]
     return record, {
         "target": settings.coverage, "method": settings.method, "score": settings.score,
         "unit": "label", "always_in_the_set": too_few, "methods": shown,
+        "label_noise_pct": None if noise is None else 100 * float((1 - np.diag(noise)[y]).mean()),
     }  # fmt: skip
 
 
 def _sets(
     p: F64, y: npt.NDArray[Any], unit: npt.NDArray[Any], block: npt.NDArray[Any],
-    settings: Uncertainty, method: Method,
-) -> Any:  # fmt: skip
+    settings: Uncertainty, method: Method, noise: F64 | None,
+) -> ClassSets:  # fmt: skip
+    if noise is not None:
+        return fit_noise_aware_sets(p, y, unit, block, noise, method=method,
+                                    coverage=settings.coverage, score=settings.score)  # fmt: skip
     return fit_sets(p, y, unit, block, method=method, coverage=settings.coverage,
                     blocks=settings.blocks, score=settings.score)  # fmt: skip
 

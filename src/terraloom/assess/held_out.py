@@ -29,6 +29,7 @@ from terraloom.errors import LabelError, StateError
 from terraloom.grid import geobox_from_record
 from terraloom.io import read_json, read_store, write_json, write_text
 from terraloom.labels.clean import LabelReview, review_labels, write_review
+from terraloom.labels.noise import noise_beyond_chance
 from terraloom.labels.time import weigh_chips
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
@@ -77,7 +78,12 @@ def calibrate(campaign: Campaign) -> None:
         rng=np.random.default_rng(campaign.seed),
     )  # fmt: skip
     baseline = read_json(MODEL / "baseline.json") if campaign.model.baseline else None
-    sets, coverage = judge_coverage(campaign, chips, cover, honest, held)
+    wrong = None
+    if campaign.uncertainty.label_noise == "estimated":
+        rng = np.random.default_rng(campaign.seed)
+        known = review_labels(honest, y, label_of)
+        wrong = noise_beyond_chance(known.mean, known.given, rng)
+    sets, coverage = judge_coverage(campaign, chips, cover, honest, held, wrong)
     regression = _regressions(campaign, held)
     record = {
         "classes": list(legend.names),

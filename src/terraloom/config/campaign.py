@@ -356,6 +356,12 @@ class Uncertainty(Section):
         "lac",
         description="`lac`: the smallest sets; `aps`: larger sets where classes are hard to tell.",
     )
+    label_noise: Literal["ignored", "estimated"] = Field(
+        "ignored",
+        description="`estimated`: wrong labels, as far as held-out predictions contradict more "
+        "of them than chance would, are taken out of the sets, which then hold the true class and "
+        "are smaller; `ignored`: sets hold the label as given. Not with method `block`.",
+    )
     applicability: bool = Field(
         True, description="Publish how far each pixel is from the training data (yes/no)."
     )
@@ -363,6 +369,15 @@ class Uncertainty(Section):
         256, ge=32, le=20_000,
         description="Training pixels that each pixel is compared with, per fold (count).",
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _noise_of_a_method(self) -> Uncertainty:
+        if self.label_noise == "estimated" and self.method == "block":
+            raise ValueError(
+                "label_noise: estimated needs method split or class; block by block there are too "
+                "few labels for it"
+            )
+        return self
 
 
 class Regions(Section):

@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from terraloom.errors import LabelError
 
-__all__ = ["confident_joint", "confident_thresholds", "noise_matrix", "suspect_labels"]
+__all__ = [
+    "confident_joint", "confident_thresholds", "noise_beyond_chance", "noise_matrix",
+    "suspect_labels",
+]  # fmt: skip
 
 #: A probability this far below its threshold still reaches it: both are sums of rounded numbers.
 _ROUNDING = 1e-6
@@ -107,3 +110,38 @@ def noise_matrix(joint: npt.NDArray[np.float64], *, prior: float = 0.0) -> npt.N
     counts[empty, empty] = 1.0
     out: npt.NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
     return out
+
+
+def noise_beyond_chance(
+    probabilities: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    rng: np.random.Generator,
+    *,
+    draws: int = 20,
+) -> npt.NDArray[np.float64]:
+    """Noise that labels show beyond what labels drawn from the predictions would show, (K, K).
+
+    Where classes look alike, right labels are contradicted too, and :func:`noise_matrix` takes that
+    for noise. What as many labels drawn from the predicted probabilities show is taken off, entry
+    by entry, so that noise is rather missed than made up.
+
+    Args:
+        probabilities: (N, K) held-out, calibrated probabilities of N labels.
+        labels: (N,) class index.
+        rng: Source of the draws.
+        draws: How often labels are drawn (count).
+
+    Returns:
+        Probability of a label (column) given the true class (row); rows sum to 1.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    found = noise_matrix(confident_joint(p, labels))
+    limits = np.cumsum(p / p.sum(axis=1, keepdims=True), axis=1)[:, :-1]
+    chance = np.zeros_like(found)
+    for _ in range(draws):
+        drawn = (rng.random((len(p), 1)) > limits).sum(axis=1)
+        chance += noise_matrix(confident_joint(p, drawn)) / draws
+    beyond: npt.NDArray[np.float64] = np.clip(found - chance, 0, None)
+    np.fill_diagonal(beyond, 0)
+    np.fill_diagonal(beyond, 1 - beyond.sum(axis=1))
+    return beyond

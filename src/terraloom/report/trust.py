@@ -59,6 +59,8 @@ def coverage(
         "target": float(found["target"]),
         "method": _METHODS.get(str(found["method"]), str(found["method"])),
         "overall": formats.interval(chosen["coverage"]),
+        "noise": found.get("label_noise_pct"),
+        "true": chosen.get("true_coverage"),
         "labels": int(chosen["units"]),
         "blocks": len(blocks),
         "low_blocks": sum(c < float(found["target"]) for c, _ in blocks),

@@ -30,7 +30,7 @@ from terraloom.errors import ModelError
 
 __all__ = [
     "ClassSets", "Interval", "Method", "Score", "block_quantile", "class_scores", "fit_interval",
-    "fit_sets", "unit_quantile", "value_scores",
+    "fit_sets", "scores_of_classes", "unit_quantile", "value_scores",
 ]  # fmt: skip
 
 F64 = npt.NDArray[np.float64]
@@ -143,6 +143,13 @@ def class_scores(p: npt.NDArray[Any], y: npt.NDArray[Any], score: Score = "lac")
     if score == "lac":
         return np.asarray(1 - true)
     return np.asarray(_sums_above(p.T.astype(np.float64))[y, rows])
+
+
+def scores_of_classes(p: npt.NDArray[Any], score: Score = "lac") -> F64:
+    """Score of every class as if it were the true one, (N, K)."""
+    if score == "lac":
+        return np.asarray(1 - p.astype(np.float64))
+    return np.asarray(_sums_above(p.T.astype(np.float64)).T)
 
 
 def _sums_above(p: npt.NDArray[Any]) -> npt.NDArray[Any]:
