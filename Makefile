@@ -97,6 +97,7 @@ schema: $(READY)
 bench: $(READY)
 	python benchmarks/stages.py
 	python benchmarks/prediction.py
+	python benchmarks/export.py
 	python benchmarks/dry_run.py
 	python benchmarks/reads.py
 	python benchmarks/masks.py

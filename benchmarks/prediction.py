@@ -5,8 +5,10 @@ Usage: python benchmarks/prediction.py [--large] [--device cuda] [--threads N] [
 Simulated cubes (10 bands of Sentinel-2), networks of the default size with random weights; needs no
 run. The job of `terraloom predict-tiles` (cubes from disk in, predicted tiles on disk out) is timed
 beside the forward passes alone, of the same networks on inputs in memory, in the windows that
-are fastest for them. With --large memory is measured to 16128 px instead of 8064 (multiples of
-the 48 px lattice next to 16384 and 8192).
+are fastest for them: all threads in one window, and a window per thread. These have the networks
+and their softmax alone, not the features of the area of applicability, of which the job makes a
+layer. With --large memory is measured to 16128 px instead of 8064 (multiples of the 48 px lattice
+next to 16384 and 8192).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +33,27 @@ from shapely import box
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import torch
+
 from support.networks import random_ensemble
 from terraloom.config.campaign import Campaign
 from terraloom.config.load import parse_campaign
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, write_json, write_store
-from terraloom.predict.engine import predict_batch
-from terraloom.predict.ensemble import Ensemble
+from terraloom.predict.engine import fitting_window_px, predict_batch
+from terraloom.predict.ensemble import Ensemble, workers_of
 from terraloom.predict.reader import CubeReader
 
+#: The script, and where it was started: regions are made, and become current, elsewhere.
+SCRIPT, HERE = Path(__file__).resolve(), Path.cwd()
 BANDS = {"s2_10": ["B02", "B03", "B04", "B08"],
          "s2_20": ["B05", "B06", "B07", "B8A", "B11", "B12"]}  # fmt: skip
 #: Sides of inputs (pixels) and how many at once, of the forward passes alone.
 FORWARD = ((240, 1), (288, 4), (480, 1), (864, 1), (1152, 1), (1632, 1))
 #: On GPUs, where small inputs leave it idle.
 FORWARD_CUDA = ((288, 16), (864, 1), (864, 4), (1632, 1), (2400, 1))
+#: Side of an input (pixels), how many at once, and how many such side by side.
+Key = tuple[int, int, int]
 #: Peers in perf.md: their whole time over the time of the same forward passes.
 PEERS = "2.3-2.5 x the time of their forward passes (ratio .40-.43), with seams of .5-.7 logits"
 
@@ -99,6 +108,24 @@ def clear() -> None:
         file.unlink()
 
 
+def forward(ensemble: Ensemble, x: dict[str, Any], workers: int, threads: int) -> float:
+    """Seconds of the networks alone: ``workers`` times the input, side by side."""
+    tensors = {g: torch.from_numpy(v).to(ensemble.device) for g, v in x.items()}
+
+    def one(_: int) -> None:
+        for member in ensemble.members:
+            found = member.predict(tensors)
+        for values in found.values():
+            values[..., :1].cpu()  # a GPU has finished when this is there
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                            initargs=(threads // workers,)) as pool:  # fmt: skip
+        list(pool.map(lambda _: None, range(workers)))
+        start = time.perf_counter()
+        list(pool.map(one, range(workers)))
+        return time.perf_counter() - start
+
+
 def throughput(args: argparse.Namespace) -> None:
     """Print Mpx/s of jobs and of the forward passes alone, and their ratios."""
     with tempfile.TemporaryDirectory() as name:
@@ -106,22 +133,24 @@ def throughput(args: argparse.Namespace) -> None:
                                threads=args.threads, window_px=args.window)  # fmt: skip
         random_ensemble(campaign, grid, args.members, width=12)
         ensemble = Ensemble.load(campaign=campaign)
-        reader, halo = CubeReader(Path("work/cube"), grid), ensemble.halo_px
-        forward = FORWARD_CUDA if ensemble.device.type == "cuda" else FORWARD
+        reader = CubeReader(Path("work/cube"), grid)
+        window = min(args.window, fitting_window_px(campaign, ensemble))
+        own = window + 2 * ensemble.halo_px
+        known = FORWARD_CUDA if ensemble.device.type == "cuda" else FORWARD
+        workers = workers_of(args.threads, ensemble.device)
+        keys = [(side, n, w) for side, n in {**dict.fromkeys(known), (own, 1): None}
+                for w in {1: None, workers: None}]  # fmt: skip
         inputs = {}
-        own = args.window + 2 * halo
-        for side, n in [*(k for k in forward if k[0] < own), (own, 1)]:
+        for side, n in {(side, n) for side, n, _ in keys}:
             one = reader.window(0, 0, side, side)
             inputs[side, n] = {g: np.stack([x] * n) for g, x in one.items()}
-        rates: dict[tuple[int, int], list[float]] = {k: [] for k in inputs}
+        rates: dict[Key, list[float]] = {k: [] for k in keys}
         computed, delivered, shares = [], [], []
         for turn in range(args.rounds + 1):  # the first warms up
-            for key, x in inputs.items():
-                start = time.perf_counter()
-                ensemble.predict(x)
-                rate = key[1] * key[0] ** 2 / 1e6 / (time.perf_counter() - start)
+            for side, n, w in keys:
+                seconds = forward(ensemble, inputs[side, n], w, args.threads)
                 if turn:
-                    rates[key].append(rate)
+                    rates[side, n, w].append(w * n * side**2 / 1e6 / seconds)
             clear()
             start = time.perf_counter()
             predict_batch(campaign, grid, "b0000")
@@ -133,30 +162,34 @@ def throughput(args: argparse.Namespace) -> None:
                 computed.append(done / seconds)
                 delivered.append(args.size**2 / 1e6 / seconds)
                 shares.append(speed["network_share"])
-        report(args, ensemble, halo, rates, computed, delivered, shares)
+        os.chdir(HERE)
+        print(f"region {args.size} px, tiles {args.tile} px, windows {window} px, halo "
+              f"{ensemble.halo_px} px, {args.members} members, {args.threads} threads, "
+              f"{ensemble.device}")  # fmt: skip
+        report((own, 1, workers), rates, computed, delivered, shares)
 
 
 def report(
-    args: argparse.Namespace, ensemble: Ensemble, halo: int,
-    rates: dict[tuple[int, int], list[float]], computed: list[float], delivered: list[float],
+    own: Key, rates: dict[Key, list[float]], computed: list[float], delivered: list[float],
     shares: list[float],
 ) -> None:  # fmt: skip
     """Print the table."""
-    print(f"region {args.size} px, tiles {args.tile} px, windows {args.window} px, halo {halo} px, "
-          f"{args.members} members, {args.threads} threads, {ensemble.device}")  # fmt: skip
     middle = {k: statistics.median(v) for k, v in rates.items()}
-    for (side, n), rate in middle.items():
-        print(f"forward alone, {n:2} x {side:4} px    {rate:8.3f} Mpx/s")
-    best = max(middle, key=lambda k: middle[k])
-    same = (args.window + 2 * halo, 1)
+    for (side, n, w), rate in middle.items():
+        print(f"forward alone, {w} x {n:2} x {side:4} px  {rate:8.3f} Mpx/s")
+    whole = {k: v for k, v in middle.items() if k[2] == 1}
     print(f"job, computed (halo counted) {statistics.median(computed):8.3f} Mpx/s")
     print(f"job, delivered               {statistics.median(delivered):8.3f} Mpx/s, "
           f"{100 * statistics.median(delivered):.1f} ha/s")  # fmt: skip
     print(f"share of a job in networks   {statistics.median(shares):8.3f}")
-    for what, key in (("its own windows", same), ("the fastest windows", best)):
+    for what, key in (
+        ("its own windows", own),
+        ("the fastest one at a time", max(whole, key=lambda k: whole[k])),
+        ("the fastest of all", max(middle, key=lambda k: middle[k])),
+    ):
         for label, values in (("computed", computed), ("delivered", delivered)):
             ratio = statistics.median(v / r for v, r in zip(values, rates[key], strict=True))
-            print(f"{label} / forward in {what} ({key[0]} px): {ratio:.3f}")
+            print(f"{label} / forward in {what} ({key[2]} x {key[1]} x {key[0]} px): {ratio:.3f}")
     print(f"peers: {PEERS}")
 
 
@@ -179,7 +212,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--size", type=int, default=4608)
     parser.add_argument("--tile", type=int, default=1536)
-    parser.add_argument("--window", type=int, default=1536)
+    parser.add_argument("--window", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["throughput", "memory"])
     parser.add_argument("--large", action="store_true")
@@ -192,7 +225,7 @@ def main() -> None:
         throughput(args)
     if args.only != "throughput":
         for size in (2016, 16128 if args.large else 8064):
-            command = [sys.executable, __file__, "--memory", str(size)]
+            command = [sys.executable, str(SCRIPT), "--memory", str(size)]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             print(f"peak RSS {size:5} x {size:5} px  {float(out.split()[-1]):7.0f} MB", flush=True)
 

@@ -144,7 +144,7 @@ def _facts(campaign: Campaign, plan: Plan, notes: list[str]) -> dict[str, Any]:
         "map": batches * (2 if campaign.products.layout == "tiles" else 1) + 2
         + 2 * int(campaign.sample is not None) + int(simulated)
         + int(campaign.products.vector) + int(campaign.regions is not None)
-        + int(campaign.predict.runtime == "onnx"),
+        + int(campaign.predict.runtime != "torch"),
         "report": 2,
     }  # fmt: skip
     h, w = plan.grid.geobox.shape

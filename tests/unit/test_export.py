@@ -25,6 +25,7 @@ from terraloom.predict.engine import predict_batch
 from terraloom.predict.ensemble import Ensemble, folded, member_files
 from terraloom.predict.export import export_member, export_model
 from terraloom.predict.onnx_runtime import onnx_members, onnx_path
+from terraloom.predict.quantise import fewest_kept, split_chips
 from terraloom.predict.reader import CubeReader
 from terraloom.train.ensemble import averaged
 
@@ -143,6 +144,26 @@ def test_mean_iou_by_hand() -> None:
     assert mean_iou(y, said) == pytest.approx((1 / 2 + 2 / 4) / 2)
 
 
+@pytest.mark.parametrize("needed", range(9))
+def test_fewest_layers_are_found_by_halving(needed: int) -> None:
+    tried = []
+
+    def agrees(n: int) -> bool:
+        tried.append(n)
+        return n >= needed
+
+    assert fewest_kept(9, agrees) == needed and len(tried) <= 4
+
+
+@pytest.mark.parametrize("n", [2, 4, 30, 1000])
+def test_chips_that_choose_do_not_judge(n: int) -> None:
+    choose, judge = split_chips(n)
+    assert choose and judge and not set(choose) & set(judge)
+    assert len(choose) <= 24 and len(judge) <= 64 and max(choose + judge) < n
+    with pytest.raises(StateError, match="2 or more"):
+        split_chips(1)
+
+
 # --- with it --------------------------------------------------------------------------------------
 
 
@@ -227,3 +248,38 @@ def test_networks_that_differ_are_refused_with_figures(
     assert not read_json("results/model/onnx/agreement.json")["passed"]
     with pytest.raises(ModelError, match="do not agree"):
         Ensemble.load(campaign=c)
+
+
+def test_tiles_in_8_bits_are_nearly_those_of_torch(here: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    c, grid, _ = scene(here, runtime="onnx-int8")
+    with pytest.raises(StateError, match="export-model"):
+        Ensemble.load(campaign=c)
+    assert "onnx-int8 agrees with torch" in export_model(c)
+    record = read_json("results/model/onnx/agreement-int8.json")
+    assert record["passed"] and record["same_class"]["lc"] >= 0.99
+    assert record["largest_difference"]["lc"] > 1e-4, "some layer runs in 8 bits"
+    assert record["held_out"]["lc"]["miou_before"] - record["held_out"]["lc"]["miou_after"] <= 0.5
+    assert not set(record["chips"]) & set(record["chosen_on"])
+    assert read_json(card_path(onnx_path(member_files()[0], "onnx-int8")))["numbers"] == "int8"
+    predict_batch(c, grid, "b0000")
+    fine, _ = cut(here, 240)
+    a, b = (Ensemble.load(campaign=x) for x in (c, fine))
+    assert a.digest != b.digest
+    assert Path("work/predict/x000y000.zip").exists()
+
+
+def test_8_bits_that_change_classes_are_refused_with_figures(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    c, _, _ = scene(here, runtime="onnx-int8")
+    monkeypatch.setattr("terraloom.predict.agreement.LEAST_SAME", 1.01)
+    with pytest.raises(ModelError, match=r"the same class of lc at \d+\.\d+ %") as err:
+        export_model(c)
+    assert "set predict.runtime to onnx or torch" in str(err.value)
+    with pytest.raises(ModelError, match="do not agree") as err:
+        Ensemble.load(campaign=c)
+    assert "onnx or torch" in str(err.value)

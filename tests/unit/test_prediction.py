@@ -21,7 +21,7 @@ from terraloom.io import read_json, write_text
 from terraloom.models.registry import load_member
 from terraloom.predict import certify as certificates
 from terraloom.predict import tilewriter
-from terraloom.predict.calibration import calibrated_parts
+from terraloom.predict.calibration import calibrated_parts, most_probable
 from terraloom.predict.certify import certify
 from terraloom.predict.dropout import _ChannelMask, dropout_pass
 from terraloom.predict.engine import predict_batch
@@ -54,6 +54,7 @@ def scene(folder: Path, **predict: Any) -> tuple[Ensemble, dict[str, np.ndarray]
     [
         Calibration(),
         Calibration(scale=(0.4,)),
+        Calibration(scale=(60.0,)),  # exp(z) of the most probable class alone would underflow
         Calibration("vector", (0.5, 1.5, 2, 0.8, 1), (0.3, -1, 0, 2, 0.1)),
     ],
 )
@@ -69,6 +70,11 @@ def test_fast_calibration_and_entropy_are_the_exact_ones(how: Calibration) -> No
         assert np.array_equal(np.isnan(got), np.isnan(want))
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
     assert np.all(fast.epistemic[~np.isnan(fast.total)] >= 0)
+
+
+def test_most_probable_class_is_the_first_of_equal_ones() -> None:
+    p = np.random.default_rng(0).integers(0, 4, (6, 20, 30)).astype(np.float32)
+    assert np.array_equal(most_probable(p), p.argmax(axis=0))
 
 
 def test_what_is_no_probability_is_refused() -> None:

@@ -15,7 +15,7 @@ from odc.geo.geobox import GeoBox
 from shapely import Polygon, box
 
 from terraloom.grid import CampaignGrid
-from terraloom.predict.overlap import overlapped
+from terraloom.predict.overlap import overlapped, side_by_side
 from terraloom.predict.windows import Window, cut, in_batches
 
 
@@ -136,3 +136,37 @@ def test_an_error_of_any_step_ends_the_work(where: str) -> None:
 
 def test_nothing_to_do_is_no_error() -> None:
     overlapped([], lambda i: i, lambda i: i, lambda i, r: None)
+    side_by_side([], lambda i: None, 3)
+
+
+def test_each_worker_does_all_of_an_item() -> None:
+    live, most, done, lock = 0, 0, [], threading.Lock()
+    begun: set[str] = set()
+
+    def work(i: int) -> None:
+        nonlocal live, most
+        with lock:
+            live += 1
+            most = max(most, live)
+        time.sleep(0.002)
+        assert threading.current_thread().name in begun
+        with lock:
+            live -= 1
+            done.append(i)
+
+    side_by_side(range(30), work, 3, lambda: begun.add(threading.current_thread().name))
+    assert sorted(done) == list(range(30)) and most == 3 == len(begun)
+
+
+def test_the_error_of_a_worker_ends_the_work() -> None:
+    seen = []
+
+    def work(i: int) -> None:
+        if i == 3:
+            raise OSError("third")
+        time.sleep(0.001)
+        seen.append(i)
+
+    with pytest.raises(OSError, match="third"):
+        side_by_side(range(1000), work, 2)
+    assert len(seen) < 100

@@ -1,5 +1,6 @@
 # All members over all tiles, then one raster per product.
-AGREEMENT = "results/model/onnx/agreement.json"
+INT8 = "-int8" if CAMPAIGN.predict.runtime == "onnx-int8" else ""
+AGREEMENT = f"results/model/onnx/agreement{INT8}.json"
 
 
 rule export_model:

@@ -312,10 +312,11 @@ class Predict(Section):
         description="Passes with dropout, which count as members of the ensemble: a finer measure "
         "of what the networks do not know, at that many times the time (count); 0: none.",
     )  # fmt: skip
-    runtime: Literal["torch", "onnx"] = Field(
+    runtime: Literal["torch", "onnx", "onnx-int8"] = Field(
         "torch",
         description="What runs the networks: `torch`, or `onnx`: ONNX Runtime on the processor, "
-        "after `export-model` has shown that it predicts the same.",
+        "after `export-model` has shown that it predicts the same; `onnx-int8`: there in numbers "
+        "of 8 bits, after it has shown that nearly all pixels keep their class.",
     )
 
     @model_validator(mode="after")

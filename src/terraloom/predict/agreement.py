@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from terraloom.train.ensemble import averaged
 from terraloom.train.held_out import HeldOut, predict_held_out
 from terraloom.train.windows import inputs_of
 
-__all__ = ["chips_to_compare", "compared", "mean_iou"]
+__all__ = ["OnPixels", "chips_to_compare", "compared", "mean_iou", "on_pixels"]
 
 #: Most chips to compare with (count).
 _VERIFY = 64
 #: Largest difference of a probability, and of a value over 1 + |value|.
 MOST_DIFFERENCE = 1e-3
+#: Of networks in 8 bits: least share of pixels with the same class, most points of mean IoU that
+#: are lost, and largest mean difference of what has no class, of values over 1 + |value|.
+LEAST_SAME, MOST_LOST, MOST_MEAN = 0.99, 0.5, 0.02
 
 F32 = npt.NDArray[np.float32]
 
@@ -43,8 +47,9 @@ def mean_iou(y: npt.NDArray[Any], said: npt.NDArray[Any]) -> float:
 
 
 def compared(
-    reference: Ensemble, other: Ensemble, files: Sequence[Path], chips: xr.Dataset
-) -> dict[str, Any]:
+    reference: Ensemble, other: Ensemble, files: Sequence[Path], chips: xr.Dataset,
+    *, int8: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Compare two runtimes of the same members.
 
     Args:
@@ -52,30 +57,72 @@ def compared(
         other: The same members in ONNX Runtime.
         files: Weights of the members, whose cards say which fold each has not seen.
         chips: Chips with labels.
+        int8: The others run in 8 bits, where single probabilities may differ.
 
     Returns:
-        Plain values. Per task largest differences of what the map is made of; share of pixels
-        with the same class; on held-out labels mean IoU (%) and calibration error before (torch)
-        and after; ``passed``, ``failed`` (which limits were missed) and ``limits``.
+        Plain values. Per task largest and mean differences of what the map is made of; share of
+        pixels with the same class; on held-out labels mean IoU (%) and calibration error before
+        (torch) and after; ``passed``, ``failed`` (which limits were missed) and ``limits``.
 
     Raises:
         StateError: No chip has held-out labels.
     """
-    differences, same, pixels = _on_pixels(reference, other, chips)
+    found = on_pixels(reference, other, chips)
     labels = _on_labels(reference, other, files, chips)
-    wrong = [f"{k} differs by {v:.2g}" for k, v in differences.items() if not v <= MOST_DIFFERENCE]
-    limits = f"differences of at most {MOST_DIFFERENCE:g}"
+    if int8:
+        wrong = _too_coarse(found, labels)
+        limits = (f"the same class at {100 * LEAST_SAME:g} % of the pixels, {MOST_LOST:g} points "
+                  f"of mean IoU lost, mean differences of values of {MOST_MEAN:g}")  # fmt: skip
+    else:
+        wrong = [f"{k} differs by {v:.2g}" for k, v in found.largest.items()
+                 if not v <= MOST_DIFFERENCE]  # fmt: skip
+        limits = f"differences of at most {MOST_DIFFERENCE:g}"
     return {
-        "passed": not wrong, "failed": ", ".join(wrong), "limits": limits, "pixels": pixels,
-        "largest_difference": differences, "same_class": same, "held_out": labels,
+        "passed": not wrong, "failed": ", ".join(wrong), "limits": limits, "pixels": found.pixels,
+        "largest_difference": found.largest, "mean_difference": found.mean,
+        "same_class": found.same, "held_out": labels,
     }  # fmt: skip
 
 
-def _on_pixels(
-    reference: Ensemble, other: Ensemble, chips: xr.Dataset
-) -> tuple[dict[str, float], dict[str, float], int]:
-    """Largest difference and share of the same class per task, over observed pixels."""
+@dataclass(frozen=True)
+class OnPixels:
+    """How two runtimes differ over observed pixels, per task.
+
+    Attributes:
+        largest: Largest difference of a probability, or of a value over 1 + |value|.
+        mean: Mean of these differences.
+        same: Share of the pixels with the same class (0-1); segmentation only.
+        pixels: Pixels that were compared (count).
+    """
+
+    largest: dict[str, float]
+    mean: dict[str, float]
+    same: dict[str, float]
+    pixels: int
+
+    def told(self) -> str:
+        """In words."""
+        parts = [f"same class of {k} at {100 * v:.2f} %" for k, v in self.same.items()]
+        parts += [f"{k} by {v:.2g} on average" for k, v in self.mean.items() if k not in self.same]
+        return ", ".join(parts)
+
+
+def _too_coarse(found: OnPixels, labels: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Which limits of networks in 8 bits were missed."""
+    wrong = [f"the same class of {k} at {100 * v:.2f} % of the pixels"
+             for k, v in found.same.items() if not v >= LEAST_SAME]  # fmt: skip
+    wrong += [f"{k} differs by {v:.2g} on average" for k, v in found.mean.items()
+              if k not in found.same and not v <= MOST_MEAN]  # fmt: skip
+    for k, r in labels.items():
+        if not r["miou_before"] - r["miou_after"] <= MOST_LOST:
+            wrong.append(f"mean IoU of {k} {r['miou_before']:.2f} -> {r['miou_after']:.2f} %")
+    return wrong
+
+
+def on_pixels(reference: Ensemble, other: Ensemble, chips: xr.Dataset) -> OnPixels:
+    """Compare what the map is made of, at all observed pixels of chips."""
     largest: dict[str, float] = {}
+    total: dict[str, float] = {}
     same: dict[str, int] = {}
     pixels = 0
     for i in range(chips.sizes["n"]):
@@ -89,10 +136,13 @@ def _on_pixels(
             off = np.abs(a - b) / (1 + np.abs(a) if task.kind == "regression" else 1)
             worst = float(off[:, seen].max(initial=0))
             largest[task.name] = max(largest.get(task.name, 0.0), worst)
+            total[task.name] = total.get(task.name, 0.0) + float(off[:, seen].sum()) / len(off)
             if task.kind == "segmentation":
                 equal = int((a.argmax(0) == b.argmax(0))[seen].sum())
                 same[task.name] = same.get(task.name, 0) + equal
-    return largest, {k: v / max(pixels, 1) for k, v in same.items()}, pixels
+    n = max(pixels, 1)
+    return OnPixels(largest, {k: v / n for k, v in total.items()},
+                    {k: v / n for k, v in same.items()}, pixels)  # fmt: skip
 
 
 def _observed(inputs: dict[str, F32]) -> npt.NDArray[np.bool_]:

@@ -7,6 +7,8 @@ a light network these would take a third of it.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +16,7 @@ from terraloom.errors import ModelError
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.decompose import EntropyParts
 
-__all__ = ["calibrated_parts"]
+__all__ = ["calibrated_parts", "most_probable"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -23,6 +25,8 @@ _STRIP_VALUES = 1 << 16
 #: As of the calibration: probabilities below are as good as 0.
 _FLOOR = np.float32(1e-12)
 _SUM_TOLERANCE = 5e-3
+#: Smallest -z whose exponential is taken as it is: exp(-40) is far above the smallest float32.
+_DEEPEST = 40.0
 
 
 def calibrated_parts(
@@ -53,40 +57,73 @@ def calibrated_parts(
     step = max(1, _STRIP_VALUES // k)
     for start in range(0, h * w, step):
         here = slice(start, start + step)
-        total = np.zeros(mean[:, here].shape, np.float32)
+        total = mean[:, here]
+        total[...] = 0
         aleatoric = np.zeros(total.shape[1:], np.float32)
+        z, e = np.empty(total.shape, np.float32), np.empty(total.shape, np.float32)
         for i, p in enumerate(flat[:, :, here]):
             _require_probabilities(p)
-            sharp, entropy = _rescaled(p, scale, shift)
-            total += sharp
+            aleatoric += _rescaled(p, scale, shift, z, e)
+            total += e
             if kept is not None:
-                kept[i, :, here] = sharp
-            aleatoric += entropy
-        total /= m
-        aleatoric /= m
-        whole = -(total * np.log(np.maximum(total, _FLOOR))).sum(axis=0)
+                kept[i, :, here] = e
+        total *= np.float32(1 / m)
+        aleatoric *= np.float32(1 / m)
+        np.log(np.maximum(total, _FLOOR, out=z), out=z)
+        z *= total
+        whole = -z.sum(axis=0)
         # Jensen: rounding alone can put the mean entropy above the entropy of the mean.
         whole, aleatoric = np.maximum(whole, 0), np.clip(aleatoric, 0, np.maximum(whole, 0))
-        mean[:, here], parts[:, here] = total, (whole, aleatoric, whole - aleatoric)
-    mean[:, np.isnan(parts[0])] = np.nan
+        parts[:, here] = whole, aleatoric, whole - aleatoric
+    missing = np.isnan(parts[0])
+    if missing.any():
+        mean[:, missing] = np.nan
     a, b, c = parts.reshape(3, h, w)
     return EntropyParts(mean.reshape(k, h, w), a, b, c)
 
 
-def _rescaled(p: F32, scale: F32, shift: F32 | None) -> tuple[F32, F32]:
-    """Probabilities (K, n) proportional to exp(scale ln p + shift), and their entropy (n,)."""
-    z = np.maximum(p, _FLOOR)
+def most_probable(p: F32) -> npt.NDArray[np.uint8]:
+    """Index of the largest of each column of (K, ...), K <= 255; of equal ones the first.
+
+    Class by class, which takes a third of the time of ``argmax`` along the first axis.
+    """
+    best, index = p[0].copy(), np.zeros(p.shape[1:], np.uint8)
+    for k in range(1, len(p)):
+        np.copyto(index, np.uint8(k), where=p[k] > best)
+        np.maximum(best, p[k], out=best)
+    return index
+
+
+def _rescaled(p: F32, scale: F32, shift: F32 | None, z: F32, e: F32) -> F32:
+    """Probabilities (K, n) proportional to exp(scale ln p + shift) into ``e``.
+
+    Args:
+        p: (K, n) probabilities.
+        scale: (K or 1, 1).
+        shift: Likewise, or None for 0.
+        z: Space for (K, n) values.
+        e: Likewise, for the result.
+
+    Returns:
+        (n,) their entropy.
+    """
+    np.maximum(p, _FLOOR, out=z)
     np.log(z, out=z)
     z *= scale
     if shift is not None:
         z += shift
-    z -= z.max(axis=0)
-    e = np.exp(z)
+    # The largest p is at least 1 / K: without a shift and with a usual scale exp(z) of it is far
+    # from underflow, and no z is above 0.
+    if shift is not None or float(scale.max()) * math.log(len(p)) > _DEEPEST:
+        z -= z.max(axis=0)
+    np.exp(z, out=e)
     total = e.sum(axis=0)
-    e /= total
     # H = ln sum(exp z) - sum(p z): no second logarithm of each class.
     z *= e
-    return e, np.log(total) - z.sum(axis=0)
+    inverse = 1 / total
+    e *= inverse
+    entropy: F32 = np.log(total) - z.sum(axis=0) * inverse
+    return entropy
 
 
 def _require_probabilities(p: F32) -> None:

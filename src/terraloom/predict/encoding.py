@@ -42,14 +42,17 @@ class ProbabilityCode:
         """Nearest step of each probability; ``nodata`` where not ``valid``.
 
         Args:
-            probability: (H, W), clipped to 0-1.
+            probability: (..., H, W), clipped to 0-1.
             valid: (H, W).
         """
-        code = np.rint(np.clip(probability, 0, 1) * self.steps)
-        # A pixel that is not valid may hold NaN, which has no whole number.
-        stored: npt.NDArray[np.unsignedinteger] = np.where(valid, code, self.nodata).astype(
-            self.dtype
-        )
+        code = np.multiply(probability, np.float32(self.steps), dtype=np.float32)
+        np.rint(code, out=code)
+        # fmin, fmax: a pixel that is not valid may hold NaN, which has no whole number.
+        np.fmax(code, np.float32(0), out=code)
+        np.fmin(code, np.float32(self.steps), out=code)
+        stored: npt.NDArray[np.unsignedinteger] = code.astype(self.dtype)
+        if not valid.all():
+            stored[..., ~valid] = self.nodata
         return stored
 
 
@@ -78,12 +81,13 @@ def encode_sets(inside: npt.NDArray[np.bool_], valid: npt.NDArray[np.bool_]) -> 
     """
     k = len(inside)
     kind = np.dtype(set_dtype(k))
-    layers = [inside.sum(axis=0).astype(kind)]
+    layers = [inside.view(np.uint8).sum(axis=0, dtype=np.uint8).astype(kind)]
     if k <= MOST_IN_MASK:
         mask = np.zeros(valid.shape, kind)
         for i in range(k):
-            mask |= inside[i].astype(kind) << kind.type(i)
+            mask |= inside[i] * kind.type(1 << i)
         layers.append(mask)
     out = np.stack(layers)
-    out[:, ~valid] = SET_NODATA
+    if not valid.all():
+        out[:, ~valid] = SET_NODATA
     return out

@@ -2,12 +2,14 @@
 
 A window is read with a halo as wide as the networks' receptive field, predicted, and cut back. So
 the result of a pixel does not depend on windows, tiles, job size or order: there is nothing to
-blend. While one window is predicted, the next is read and the one before is written.
+blend. On processors a thread each reads, predicts and writes a window; beside a GPU the next
+window is read and the one before is written while one is predicted.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,22 +17,25 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from terraloom.config.campaign import Campaign
 from terraloom.grid import CampaignGrid, Tile, row_areas_m2
 from terraloom.io import digest_json, read_json, read_store, write_json
 from terraloom.log import get_logger
+from terraloom.models.mapnet import FEATURES
 from terraloom.models.registry import card_path, check_contract
 from terraloom.plan import CUBES, TILES
-from terraloom.predict.ensemble import Ensemble, member_files
+from terraloom.predict.ensemble import Ensemble, member_files, workers_of
 from terraloom.predict.layers import Layers
-from terraloom.predict.overlap import overlapped
+from terraloom.predict.overlap import overlapped, side_by_side
 from terraloom.predict.reader import CubeReader
 from terraloom.predict.tilewriter import TileWriter
 from terraloom.predict.views import F32, predict_views
 from terraloom.predict.windows import Window, cut, in_batches
 from terraloom.state import code_digest
 from terraloom.train.run import task_specs
+from terraloom.uncertainty.applicability import CELL_PX
 
 __all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
 
@@ -99,7 +104,9 @@ def load_ensemble(campaign: Campaign, reader: CubeReader) -> Ensemble:
 def fitting_window_px(campaign: Campaign, ensemble: Ensemble) -> int:
     """``predict.window_px``, or less where a window's values would take too much memory."""
     how = campaign.predict
-    per_px = 4 * _COPIES * ensemble.values_per_px * how.batch
+    per_px = (
+        4 * _COPIES * ensemble.values_per_px * how.batch * workers_of(how.threads, ensemble.device)
+    )
     side = int(math.sqrt(_MOST_BYTES / per_px)) - 2 * ensemble.halo_px
     fits = max(side, 96)
     if fits < how.window_px:
@@ -162,7 +169,7 @@ def predict_tiles(
                     ensemble.trust, spread=campaign.regions is not None)  # fmt: skip
     batches = list(in_batches(wanted, how.batch))
     halo, stride = ensemble.halo_px, ensemble.stride_px
-    done, last = 0, time.monotonic()
+    done, last, lock = 0, time.monotonic(), threading.Lock()
 
     def load(batch: Batch) -> Loaded:
         parts = []
@@ -175,31 +182,48 @@ def predict_tiles(
     def compute(loaded: Loaded) -> Loaded:
         start = time.monotonic()
         values = predict_views(ensemble.predict, loaded[0], how.views)
-        speed.network_s += time.monotonic() - start
+        with lock:
+            speed.network_s += time.monotonic() - start
         return values, loaded[1]
 
     def store(batch: Batch, found: Loaded) -> None:
         nonlocal done, last
         for n, (window, held) in enumerate(batch):
             around = window.padded(halo, stride)
-            rows, cols = window.within(around)
-            inner = {name: v[:, n, :, rows, cols] for name, v in found[0].items()}
+            inner = _inner({name: v[:, n] for name, v in found[0].items()}, window.within(around))
             writer.write(window, [t for t in held if t.name in todo], inner, found[1][n])
-            speed.computed_px += around.height * around.width
-        done += 1
-        if (now := time.monotonic()) - last > 5:
-            left = (now - speed.start) / done * (len(batches) - done)
-            log.info("%d of %d windows done, about %.0f s left", done, len(batches), left)
-            last = now
+        with lock:
+            speed.computed_px += sum(_size(w.padded(halo, stride)) for w, _ in batch)
+            done += 1
+            if (now := time.monotonic()) - last > 5:
+                left = (now - speed.start) / done * (len(batches) - done)
+                log.info("%d of %d windows done, about %.0f s left", done, len(batches), left)
+                last = now
 
-    with TileWriter(TILES, job, layers, grid, digests, wanted, how.threads) as writer:
-        overlapped(batches, load, compute, store)
+    workers = workers_of(how.threads, ensemble.device)
+    with TileWriter(TILES, job, layers, grid, digests, wanted, how.threads // workers) as writer:
+        if ensemble.device.type == "cpu":
+            side_by_side(batches, lambda b: store(b, compute(load(b))), workers,
+                         lambda: torch.set_num_threads(how.threads // workers))  # fmt: skip
+            speed.network_s /= workers
+        else:
+            overlapped(batches, load, compute, store)
     speed.stop()
     for tile in todo.values():
         h, w = tile.geobox.shape
         speed.delivered_px += h * w
         speed.area_ha += float(row_areas_m2(tile.geobox).sum()) * w / 1e4
     return speed
+
+
+def _size(window: Window) -> int:
+    return window.height * window.width
+
+
+def _inner(values: Mapping[str, F32], place: tuple[slice, slice]) -> dict[str, F32]:
+    """Predictions (M, c, h, w) without their halo, and features of cells."""
+    cells = tuple(slice(s.start // CELL_PX, s.stop // CELL_PX) for s in place)
+    return {k: v[(..., *(cells if k == FEATURES else place))] for k, v in values.items()}
 
 
 def _path(tile: Tile) -> Path:

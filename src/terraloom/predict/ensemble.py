@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from terraloom.config.campaign import Campaign
@@ -30,10 +31,12 @@ from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.applicability import CELL_PX
 
-__all__ = ["MODEL", "Ensemble", "folded", "member_files", "set_up_torch"]
+__all__ = ["MODEL", "Ensemble", "folded", "member_files", "set_up_torch", "workers_of"]
 
 MODEL = Path("results/model")
 _CPU = torch.device("cpu")
+#: Most windows that are worked on side by side; more threads share a window (count).
+_MOST_WORKERS = 4
 
 F32 = npt.NDArray[np.float32]
 log = get_logger(__name__)
@@ -57,6 +60,15 @@ def set_up_torch(threads: int, device: torch.device) -> None:
     be_exact(device)
     # Every layer writes all of its output; filling it before costs 10-15 % of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def workers_of(threads: int, device: torch.device) -> int:
+    """Windows that are worked on side by side (count).
+
+    On processors a window per thread is faster than all threads in each layer, which wait for
+    each other at its end. A GPU works on one window.
+    """
+    return min(threads, _MOST_WORKERS) if device.type == "cpu" else 1
 
 
 def folded(net: MapNet) -> MapNet:
@@ -142,9 +154,10 @@ class Ensemble:
         nets = tuple(m.to(device) for m in nets)
         members: tuple[MapNet | OnnxMember, ...] = nets
         if onnx:
-            require_agreement(folder, files)
-            members = onnx_members(files, nets, how.threads)
-            digest = digest_json([digest, digest_of(files)])
+            require_agreement(folder, files, how.runtime)
+            each = how.threads // workers_of(how.threads, device)
+            members = onnx_members(files, nets, each, how.runtime)
+            digest = digest_json([digest, digest_of(files, how.runtime)])
         if how.precision == "bf16":
             log.warning("bf16: a few per cent of the pixels get another class than with fp32")
         trust = Trust.load(campaign, folder)
@@ -192,18 +205,20 @@ class Ensemble:
 
         Returns:
             Per task (M, N, c, h, w); see :meth:`MapNet.predict`. With dropout M counts the passes
-            of all members. Where applicability is wanted also :data:`FEATURES`, (F, N, D, h, w) of
-            the first pass of the members :attr:`described`.
+            of all members. Where applicability is wanted also :data:`FEATURES`, of the first pass
+            of the members :attr:`described`: means of cells, (F, N, D, h / CELL_PX, w / CELL_PX).
         """
         tensors = {g: torch.from_numpy(x).to(self.device) for g, x in inputs.items()}
         out: dict[str, F32] = {}
         total, described = len(self.members) * max(self.passes, 1), 0
         for n, found in enumerate(self._each(tensors)):
             for name, values in found.items():
+                if name == FEATURES:
+                    values = avg_pool2d(values.float(), CELL_PX)
                 size, at = (total, n) if name != FEATURES else (len(self.described), described)
                 if name not in out:
                     out[name] = np.empty((size, *values.shape), np.float32)
-                out[name][at] = values.float().cpu().numpy()
+                torch.from_numpy(out[name][at]).copy_(values)
             described += FEATURES in found
         return out
 

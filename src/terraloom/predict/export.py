@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from terraloom.config.campaign import Campaign
@@ -20,13 +22,16 @@ from terraloom.models.registry import architecture_of, card_path
 from terraloom.predict.agreement import chips_to_compare, compared
 from terraloom.predict.ensemble import MODEL, Ensemble, member_files, set_up_torch
 from terraloom.predict.onnx_runtime import (
-    AGREEMENT,
     EXTRA,
-    ONNX,
+    FP32,
+    INT8,
+    agreement_path,
     digest_of,
     onnx_members,
     onnx_path,
+    remedy,
 )
+from terraloom.predict.quantise import quantise_ensemble, split_chips
 from terraloom.preprocess.groups import group_factor, group_order
 from terraloom.train.run import CHIPS
 
@@ -130,10 +135,10 @@ def export_member(net: MapNet, member: Path) -> Path:
     return path
 
 
-def write_contract(path: Path, net: MapNet, member: Path) -> None:
+def write_contract(path: Path, net: MapNet, member: Path, numbers: str = "fp32") -> None:
     """Say beside an ONNX file what it takes and gives, and which weights it was made from."""
     write_json(card_path(path), {
-        "format": _FORMAT, "opset": OPSET, "numbers": "fp32",
+        "format": _FORMAT, "opset": OPSET, "numbers": numbers,
         "weights": read_json(card_path(member))["sha256"], "sha256": sha256(path),
         "stride_px": net.stride_px, "halo_px": net.halo_px(),
         "missing": "NaN",
@@ -153,7 +158,8 @@ def write_contract(path: Path, net: MapNet, member: Path) -> None:
 def export_model(campaign: Campaign, folder: Path = MODEL) -> str:
     """Export all members, compare them with the networks on chips, and write what was found.
 
-    With ``predict.runtime: torch`` they are for use elsewhere.
+    With ``predict.runtime: torch`` they are for use elsewhere; with ``onnx-int8`` there are also
+    those in 8 bits.
 
     Args:
         campaign: The campaign.
@@ -173,25 +179,42 @@ def export_model(campaign: Campaign, folder: Path = MODEL) -> str:
         log.info("wrote %s", export_member(net, file))
     chips = read_store(CHIPS)
     chosen = chips_to_compare(chips.sizes["n"])
-    other = Ensemble(
-        onnx_members(files, nets, how.threads), reference.calibrations, reference.digest
-    )
-    found = compared(reference, other, files, chips.isel(n=chosen))
-    found |= {"opset": OPSET, "chips": chosen, "digest": digest_of(files)}
-    write_json(folder / ONNX / AGREEMENT, found)
+    told = _judged(FP32, folder, files, nets, reference, chips, chosen, how.threads)
+    if how.runtime == INT8:
+        choose, judge = split_chips(chips.sizes["n"])
+        kept = quantise_ensemble(files, nets, reference, chips.isel(n=choose), how.threads)
+        for file, net in zip(files, nets, strict=True):
+            write_contract(onnx_path(file, INT8), net, file, "int8")
+        more = {"kept_in_fp32": kept, "chosen_on": choose}
+        told += "\n" + _judged(
+            INT8, folder, files, nets, reference, chips, judge, how.threads, more
+        )
+    return told
+
+
+def _judged(
+    runtime: str, folder: Path, files: Sequence[Path], nets: Sequence[MapNet],
+    reference: Ensemble, chips: xr.Dataset, chosen: Sequence[int], threads: int,
+    more: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Compare the files of a runtime with the networks and write what was found."""
+    members = onnx_members(files, nets, threads, runtime)
+    other = Ensemble(members, reference.calibrations, reference.digest)
+    found = compared(reference, other, files, chips.isel(n=list(chosen)), int8=runtime == INT8)
+    found |= {"opset": OPSET, "chips": list(chosen), "digest": digest_of(files, runtime)}
+    path = agreement_path(folder, runtime)
+    write_json(path, found | dict(more or {}))
     if not found["passed"]:
-        raise ModelError(
-            found["failed"], where=str(folder / ONNX / AGREEMENT), allowed=found["limits"],
-            fix="set predict.runtime to torch",
-        )  # fmt: skip
-    return _told(found)
+        raise ModelError(found["failed"], where=str(path), allowed=found["limits"],
+                         fix=remedy(runtime))  # fmt: skip
+    return _told(runtime, found)
 
 
-def _told(found: dict[str, Any]) -> str:
+def _told(runtime: str, found: dict[str, Any]) -> str:
     parts = [f"{k} by {v:.2g} at most" for k, v in found["largest_difference"].items()]
     parts += [f"same class of {k} at {100 * v:.3f} %" for k, v in found["same_class"].items()]
     for name, r in found["held_out"].items():
         parts.append(f"held-out mean IoU of {name} {r['miou_before']:.2f} -> "
                      f"{r['miou_after']:.2f} %, calibration error {r['ece_before']:.4f} -> "
                      f"{r['ece_after']:.4f}")  # fmt: skip
-    return "onnx agrees with torch: " + ", ".join(parts)
+    return f"{runtime} agrees with torch: " + ", ".join(parts)

@@ -13,7 +13,7 @@ from terraloom.config.base import TaskKind
 from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
 from terraloom.models.mapnet import FEATURES
-from terraloom.predict.calibration import calibrated_parts
+from terraloom.predict.calibration import calibrated_parts, most_probable
 from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode, encode_sets
 from terraloom.predict.members import encode_members, member_layer
 from terraloom.predict.trust import Trust
@@ -104,17 +104,17 @@ def _classes(
     parts: EntropyParts, code: ProbabilityCode, valid: Valid, sets: ClassSets | None
 ) -> dict[str, npt.NDArray[Any]]:
     k = len(parts.mean)
-    index = parts.mean.argmax(axis=0).astype(np.uint8)
-    index[~valid] = IGNORE_INDEX
+    top = most_probable(parts.mean)
+    index = np.where(valid, top, np.uint8(IGNORE_INDEX))
     entropies = [encode_entropy(e, k, valid) for e in
                  (parts.total, parts.aleatoric, parts.epistemic)]  # fmt: skip
     out = {
         "class_index": index,
-        "probabilities": np.stack([code.encode(p, valid) for p in parts.mean]),
+        "probabilities": code.encode(parts.mean, valid),
         "uncertainty": np.stack(entropies),
     }
     if sets is not None:
-        out["conformal_set"] = encode_sets(sets.contains(parts.mean), valid)
+        out["conformal_set"] = encode_sets(sets.contains(parts.mean, top), valid)
     return out
 
 

@@ -1,14 +1,14 @@
-"""Reading ahead and writing behind, while the networks compute."""
+"""Work on windows: several at once on processors, one after the other beside a GPU."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
-__all__ = ["overlapped"]
+__all__ = ["overlapped", "side_by_side"]
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -50,3 +50,32 @@ def overlapped(
                 last.result()
         finally:
             reading.shutdown(cancel_futures=True)
+
+
+def side_by_side(
+    items: Iterable[Item],
+    work: Callable[[Item], None],
+    workers: int,
+    begin: Callable[[], None] = lambda: None,
+) -> None:
+    """Work on items in several threads, each of which does all the work on an item.
+
+    Items begin in their order. At most ``workers`` are in work, whose number bounds the memory.
+
+    Args:
+        items: The items.
+        work: What to do with each.
+        workers: Threads (count).
+        begin: Called once in each thread before its first item.
+
+    Raises:
+        Exception: The first error; items that wait are not begun, those in work are finished.
+    """
+    todo = iter(items)
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
+        running = {pool.submit(work, item) for item in islice(todo, workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            running |= {pool.submit(work, item) for item in islice(todo, len(done))}

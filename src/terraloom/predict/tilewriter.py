@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from terraloom.grid import CampaignGrid, Tile
+from terraloom.models.mapnet import FEATURES
 from terraloom.predict.layers import Layers
 from terraloom.predict.windows import Window
 from terraloom.preprocess.reasons import INVALID
-from terraloom.preprocess.tilestore import TileStore
+from terraloom.preprocess.tilestore import CHUNK_PX, TileStore
+from terraloom.uncertainty.applicability import CELL_PX
 
 __all__ = ["TileWriter", "encoded"]
 
@@ -51,7 +54,9 @@ class TileWriter:
         grid: Grid of the campaign.
         digests: Digest by tile.
         windows: All windows that will come, with their tiles.
-        threads: Threads that encode.
+        threads: Threads that encode a window.
+
+    Several threads may write at once.
     """
 
     def __init__(
@@ -64,11 +69,15 @@ class TileWriter:
         shutil.rmtree(self._begun, ignore_errors=True)
         self._digests = digests
         self._left: dict[str, int] = {}
-        for _, tiles in windows:
+        self._chunk: dict[str, tuple[int, int]] = {}
+        for window, tiles in windows:
             for tile in tiles:
                 self._left[tile.name] = self._left.get(tile.name, 0) + 1
+                h, w = self._chunk.get(tile.name, (0, 0))
+                self._chunk[tile.name] = max(h, window.height), max(w, window.width)
         self._open: dict[str, _Open] = {}
-        self._pool = ThreadPoolExecutor(threads)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def __enter__(self) -> TileWriter:
         return self
@@ -77,7 +86,8 @@ class TileWriter:
         self, kind: type[BaseException] | None, err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
         for waiting in self._open.values():  # tiles that were not finished leave nothing
             waiting.stack.__exit__(kind or RuntimeError, err, trace)
         self._open.clear()
@@ -92,10 +102,14 @@ class TileWriter:
         Args:
             window: Where it lies.
             tiles: Tiles to write; pixels of others are left out.
-            values: Members' predictions per task, (M, c, h, w).
+            values: Members' predictions per task, (M, c, h, w), and features of cells.
             reasons: (h, w) bits; a pixel with an invalid bit gets no prediction.
         """
         found = encoded(self._layers, values, reasons, self._pool)
+        with self._lock:
+            self._place(window, tiles, found)
+
+    def _place(self, window: Window, tiles: Sequence[Tile], found: Mapping[str, Array]) -> None:
         for tile in tiles:
             place = Window.of(tile, self._grid.tile_px)
             part = window.common(place)
@@ -120,17 +134,21 @@ class TileWriter:
         path = self._begun / f"{tile.name}.zip"
         store = stack.enter_context(TileStore(path, tile.geobox.crs))
         target = self._open[tile.name] = _Open(store, stack, self._left[tile.name])
+        # All windows of a tile but the last of a row or column have one size: each is a chunk.
+        size = self._chunk[tile.name]
+        chunk = size if max(size) <= 2 * CHUNK_PX else (CHUNK_PX, CHUNK_PX)
         for name, array in sorted(like.items()):
             step = height // array.shape[-2]
             shape = (*array.shape[:-2], *(n // step for n in tile.geobox.shape))
             dims = self._layers.dims(name, array.ndim)
-            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), plain=True)
+            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), plain=True,
+                                                 chunk_px=chunk)  # fmt: skip
         return target
 
 
 def encoded(
     layers: Layers, values: Mapping[str, npt.NDArray[np.float32]], reasons: npt.NDArray[np.uint8],
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor | None = None,
 ) -> dict[str, Array]:  # fmt: skip
     """Layers of a window with ``reasons`` among them, strip by strip, so that copies stay small."""
     h, w = reasons.shape
@@ -140,10 +158,12 @@ def encoded(
     strips = [slice(r, min(r + most, h)) for r in range(0, h, most)]
 
     def one(rows: slice) -> dict[str, Array]:
-        return layers.encode({k: v[..., rows, :] for k, v in values.items()}, valid[rows])
+        cells = slice(rows.start // CELL_PX, rows.stop // CELL_PX)
+        here = {k: v[..., cells if k == FEATURES else rows, :] for k, v in values.items()}
+        return layers.encode(here, valid[rows])
 
     out: dict[str, Array] = {"reasons": reasons}
-    for rows, found in zip(strips, pool.map(one, strips), strict=True):
+    for rows, found in zip(strips, (pool.map if pool else map)(one, strips), strict=True):
         for name, part in found.items():
             if name not in out:
                 step = w // part.shape[-1]

@@ -16,7 +16,7 @@ from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.predict.encoding import APPLICABILITY_NODATA, APPLICABILITY_SCALES
 from terraloom.train.applicability import FILE, read_applicability
-from terraloom.uncertainty.applicability import CELL_PX, Applicability, cell_means
+from terraloom.uncertainty.applicability import CELL_PX, Applicability
 from terraloom.uncertainty.conformal import ClassSets, Interval
 
 __all__ = ["Trust", "TrustFacts"]
@@ -70,7 +70,7 @@ class Trust:
         """Layer ``applicability`` of a window.
 
         Args:
-            features: (F, D, h, w) features of :attr:`networks`; h, w even, cells whole.
+            features: (F, D, h / CELL_PX, w / CELL_PX) of the cells, of :attr:`networks`.
             valid: (h, w).
 
         Returns:
@@ -78,14 +78,15 @@ class Trust:
         """
         if self.applicability is None:
             raise ModelError("no reference of training", where="applicability")
-        found = self.applicability.judge([cell_means(f) for f in features])
+        found = self.applicability.judge([f.reshape(len(f), -1).T for f in features])
         parts = np.stack([found.dissimilarity, found.density, found.inside.astype(np.float32)])
         steps = parts / np.array(APPLICABILITY_SCALES, np.float32)[:, None]
         code = np.rint(np.nan_to_num(steps)).clip(0, APPLICABILITY_NODATA - 1).astype(np.uint16)
         h, w = valid.shape
         out = code.reshape(3, h // CELL_PX, w // CELL_PX)
         out = out.repeat(CELL_PX, axis=1).repeat(CELL_PX, axis=2)
-        out[:, ~valid] = APPLICABILITY_NODATA
+        if not valid.all():
+            out[:, ~valid] = APPLICABILITY_NODATA
         return out
 
 

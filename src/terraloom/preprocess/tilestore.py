@@ -147,6 +147,7 @@ class TileStore:
     def variable(
         self, name: str, dims: Sequence[str], shape: Sequence[int], dtype: str,
         attrs: Mapping[str, Any] | None = None, *, plain: bool = False,
+        chunk_px: tuple[int, int] = (CHUNK_PX, CHUNK_PX),
     ) -> Any:  # fmt: skip
         """Add a variable on pixels, empty so far; returns the array to write to.
 
@@ -157,15 +158,19 @@ class TileStore:
             dtype: ``uint16`` for reflectance, see :func:`encode`; ``float32``; other integers.
             attrs: Attributes.
             plain: Also ``uint16`` is stored as it is, and chunks hold all bands: fewer, which are
-                written in half the time where bands are always read together.
+                written in half the time where bands are always read together. They are packed
+                at a fifth of the time, 5 % larger.
+            chunk_px: Rows and columns of a chunk; what is written at once should be whole chunks,
+                which otherwise are read, unpacked and packed again.
         """
         codes = _REFLECTANCE if dtype == "uint16" and not plain else {}
         fill: float = _FILL if codes else float("nan") if dtype == "float32" else 0
         first = shape[:-2] if plain else [1] * (len(shape) - 2)
-        chunks = [*first, *(min(n, CHUNK_PX) for n in shape[-2:])]
+        chunks = [*first, *(min(n, c) for n, c in zip(shape[-2:], chunk_px, strict=True))]
         self._order.append(name)
         return self._root.create_array(
             name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), fill_value=fill,
+            compressors=zarr.codecs.ZstdCodec(level=1) if plain else "auto",
             dimension_names=list(dims),
             attributes={
                 **(attrs or {}), **codes, "grid_mapping": "spatial_ref",

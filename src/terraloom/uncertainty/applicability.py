@@ -180,17 +180,26 @@ def dissimilarity(
     half = (z.astype(np.float32) ** 2).sum(axis=1) / 2
     # z.p - p.p/2 is largest where the distance is smallest, and one matrix product.
     table = np.concatenate([space.points.T, -(space.points.T**2).sum(0, keepdims=True) / 2])
-    ones = np.concatenate([z, np.ones((len(z), 1), np.float32)], axis=1)
+    # Points in rows, pixels in columns: the maximum and the count then go along the columns.
+    table = np.ascontiguousarray(table.T)
+    ones = np.ascontiguousarray(np.concatenate([z.T, np.ones((1, len(z)), np.float32)]))
     best, count = np.empty(len(z), np.float32), np.empty(len(z), np.float32)
-    block = np.empty((min(_ROWS, len(z)), len(space.points)), np.float32)
-    limit = half - threshold**2 / 2
+    limit = half - np.float32(threshold**2 / 2)
     for start in range(0, len(z), _ROWS):
-        rows = ones[start : start + _ROWS]
-        near = np.matmul(rows, table, out=block[: len(rows)])
-        at = slice(start, start + len(rows))
-        near.max(axis=1, out=best[at])
-        count[at] = (near > limit[at, None]).sum(axis=1)
+        at = slice(start, start + _ROWS)
+        near = table @ ones[:, at]
+        near.max(axis=0, out=best[at])
+        count[at] = _counts(near > limit[at])
     return np.sqrt(np.maximum(2 * (half - best), 0)), count
+
+
+def _counts(inside: npt.NDArray[np.bool_]) -> F32:
+    """How many of each column (n, N) are true: in bytes, of which 255 rows fill one."""
+    bytes_of = inside.view(np.uint8)
+    total = np.zeros(inside.shape[1], np.float32)
+    for start in range(0, len(bytes_of), 255):
+        total += bytes_of[start : start + 255].sum(axis=0, dtype=np.uint8)
+    return total
 
 
 def threshold_of(training: npt.NDArray[Any]) -> float:

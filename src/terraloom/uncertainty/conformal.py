@@ -54,11 +54,12 @@ class ClassSets:
     score: Score
     thresholds: tuple[float, ...]
 
-    def contains(self, p: npt.NDArray[Any]) -> Bools:
+    def contains(self, p: npt.NDArray[Any], top: npt.NDArray[Any] | None = None) -> Bools:
         """Sets of pixels.
 
         Args:
             p: (K, ...) class probabilities as those of the calibration; NaN is in no set.
+            top: (...) index of the most probable class, where it is known.
 
         Returns:
             (K, ...); the most probable class is always in, so that no set is empty.
@@ -73,11 +74,13 @@ class ClassSets:
         else:
             limits = np.array(self.thresholds).reshape(-1, *[1] * (p.ndim - 1))
             inside = _sums_above(p) <= limits
-        known = np.isfinite(p).all(axis=0)
-        top = np.where(known, p.argmax(axis=0), -1)
+        if top is None:
+            top = p.argmax(axis=0)
         for k in range(len(p)):
             inside[k] |= top == k
-        inside &= known
+        known = np.isfinite(p.sum(axis=0))  # a NaN in any class is one in the sum
+        if not known.all():
+            inside &= known
         return inside
 
     def record(self) -> dict[str, Any]:

@@ -194,18 +194,23 @@ def encode_entropy(
         ModelError: If K < 2 or a value lies outside 0..ln K (in bits, or of another legend).
     """
     scale = _scale(n_classes)
-    values = np.asarray(entropy, dtype=np.float64)
+    values = np.asarray(entropy)
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
     missing = np.isnan(values) if valid is None else np.isnan(values) | ~valid
-    share = np.where(missing, 0.0, values) / scale
+    share = values / values.dtype.type(scale)
+    share[missing] = 0
     # 1e-5: float32 rounding of ln K and of probabilities.
-    if ((share < -1e-5) | (share > 1 + 1e-5)).any():
+    if share.size and not -1e-5 <= share.min() <= share.max() <= 1 + 1e-5:
         raise ModelError(
             f"entropy {float(share.min() * scale):.4f} to {float(share.max() * scale):.4f}",
             where="entropy encoding",
             allowed=f"0 to ln {n_classes} = {scale:.4f} nats",
         )
-    code = np.rint(np.clip(share, 0.0, 1.0) * ENTROPY_STEPS)
-    return np.where(missing, ENTROPY_NODATA, code).astype(np.uint8)
+    steps = np.rint(np.clip(share, 0.0, 1.0) * share.dtype.type(ENTROPY_STEPS))
+    code: U8 = steps.astype(np.uint8)
+    code[missing] = ENTROPY_NODATA
+    return code
 
 
 def decode_entropy(encoded: U8, n_classes: int) -> F32:
