@@ -141,8 +141,10 @@ class TileWriter:
             step = height // array.shape[-2]
             shape = (*array.shape[:-2], *(n // step for n in tile.geobox.shape))
             dims = self._layers.dims(name, array.ndim)
-            target.arrays[name] = store.variable(name, dims, shape, str(array.dtype), plain=True,
-                                                 chunk_px=chunk)  # fmt: skip
+            target.arrays[name] = store.variable(
+                name, dims, shape, str(array.dtype), plain=True,
+                chunk_px=(chunk[0] // step, chunk[1] // step),
+            )  # fmt: skip
         return target
 
 

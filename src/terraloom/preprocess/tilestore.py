@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from odc.geo.geobox import GeoBox
+from zarr.codecs import ZstdCodec
 
 from terraloom.io import zip_folder
 from terraloom.log import get_logger
@@ -170,7 +171,7 @@ class TileStore:
         self._order.append(name)
         return self._root.create_array(
             name, shape=tuple(shape), dtype=dtype, chunks=tuple(chunks), fill_value=fill,
-            compressors=zarr.codecs.ZstdCodec(level=1) if plain else "auto",
+            compressors=ZstdCodec(level=1) if plain else "auto",
             dimension_names=list(dims),
             attributes={
                 **(attrs or {}), **codes, "grid_mapping": "spatial_ref",
