@@ -1,6 +1,9 @@
 # All members over all tiles, then one raster per product.
-INT8 = "-int8" if CAMPAIGN.predict.runtime == "onnx-int8" else ""
-AGREEMENT = f"results/model/onnx/agreement{INT8}.json"
+AGREEMENT = (
+    "results/model/onnx/agreement-int8.json"
+    if CAMPAIGN.predict.runtime == "onnx-int8"
+    else "results/model/onnx/agreement.json"
+)
 
 
 rule export_model:

@@ -222,8 +222,14 @@ def _size(window: Window) -> int:
 
 def _inner(values: Mapping[str, F32], place: tuple[slice, slice]) -> dict[str, F32]:
     """Predictions (M, c, h, w) without their halo, and features of cells."""
-    cells = tuple(slice(s.start // CELL_PX, s.stop // CELL_PX) for s in place)
-    return {k: v[(..., *(cells if k == FEATURES else place))] for k, v in values.items()}
+
+    def cut_back(name: str, x: F32) -> F32:
+        rows, cols = place
+        if name == FEATURES:
+            rows, cols = (slice(s.start // CELL_PX, s.stop // CELL_PX) for s in place)
+        return x[..., rows, cols]
+
+    return {name: cut_back(name, x) for name, x in values.items()}
 
 
 def _path(tile: Tile) -> Path:
