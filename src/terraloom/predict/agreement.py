@@ -92,17 +92,21 @@ class OnPixels:
         largest: Largest difference of a probability, or of a value over 1 + |value|.
         mean: Mean of these differences.
         same: Share of the pixels with the same class (0-1); segmentation only.
+        iou: Mean intersection over union of the two class maps, over the classes of the first
+            (0-1): rare classes count as much as common ones.
         pixels: Pixels that were compared (count).
     """
 
     largest: dict[str, float]
     mean: dict[str, float]
     same: dict[str, float]
+    iou: dict[str, float]
     pixels: int
 
     def told(self) -> str:
         """In words."""
-        parts = [f"same class of {k} at {100 * v:.2f} %" for k, v in self.same.items()]
+        parts = [f"same class of {k} at {100 * v:.2f} %, overlap of classes "
+                 f"{100 * self.iou[k]:.2f} %" for k, v in self.same.items()]  # fmt: skip
         parts += [f"{k} by {v:.2g} on average" for k, v in self.mean.items() if k not in self.same]
         return ", ".join(parts)
 
@@ -123,7 +127,7 @@ def on_pixels(reference: Ensemble, other: Ensemble, chips: xr.Dataset) -> OnPixe
     """Compare what the map is made of, at all observed pixels of chips."""
     largest: dict[str, float] = {}
     total: dict[str, float] = {}
-    same: dict[str, int] = {}
+    pairs: dict[str, npt.NDArray[np.int64]] = {}
     pixels = 0
     for i in range(chips.sizes["n"]):
         inputs = {g: x.numpy() for g, x in inputs_of(chips.isel(n=[i]).load()).items()}
@@ -138,11 +142,21 @@ def on_pixels(reference: Ensemble, other: Ensemble, chips: xr.Dataset) -> OnPixe
             largest[task.name] = max(largest.get(task.name, 0.0), worst)
             total[task.name] = total.get(task.name, 0.0) + float(off[:, seen].sum()) / len(off)
             if task.kind == "segmentation":
-                equal = int((a.argmax(0) == b.argmax(0))[seen].sum())
-                same[task.name] = same.get(task.name, 0) + equal
+                k = len(a)
+                both = (a.argmax(0) * k + b.argmax(0))[seen]
+                n_of = np.bincount(both, minlength=k * k).reshape(k, k)
+                pairs[task.name] = pairs.get(task.name, np.zeros((k, k), np.int64)) + n_of
     n = max(pixels, 1)
-    return OnPixels(largest, {k: v / n for k, v in total.items()},
-                    {k: v / n for k, v in same.items()}, pixels)  # fmt: skip
+    same = {k: float(np.trace(m)) / n for k, m in pairs.items()}
+    iou = {k: _overlap(m) for k, m in pairs.items()}
+    return OnPixels(largest, {k: v / n for k, v in total.items()}, same, iou, pixels)
+
+
+def _overlap(pairs: npt.NDArray[np.int64]) -> float:
+    """Mean intersection over union of (K, K) counts, over the classes of the rows."""
+    union = pairs.sum(0) + pairs.sum(1) - np.diag(pairs)
+    there = pairs.sum(1) > 0
+    return float((np.diag(pairs)[there] / union[there]).mean()) if there.any() else 1.0
 
 
 def _observed(inputs: dict[str, F32]) -> npt.NDArray[np.bool_]:

@@ -34,8 +34,9 @@ __all__ = ["fewest_kept", "quantise_ensemble", "split_chips"]
 _CALIBRATE = 24
 #: Of them those that each layer by itself is tried on (count).
 _TRY = 4
-#: What is aimed at where layers are chosen; above the limit of the verdict, on other chips.
-_AIM_SAME, _AIM_MEAN = 0.993, 0.01
+#: What is aimed at where layers are chosen, above the limits of the verdict on other chips: share
+#: of the same class, overlap of the two class maps, mean difference of values.
+_AIM_SAME, _AIM_IOU, _AIM_MEAN = 0.993, 0.993, 0.01
 
 F32 = npt.NDArray[np.float32]
 log = get_logger(__name__)
@@ -138,7 +139,11 @@ def _noted(damage: Callable[[str], float]) -> Callable[[str], float]:
 
 def _good(found: OnPixels) -> bool:
     means = [v for k, v in found.mean.items() if k not in found.same]
-    return min(found.same.values(), default=1.0) >= _AIM_SAME and max(means, default=0) <= _AIM_MEAN
+    return (
+        min(found.same.values(), default=1.0) >= _AIM_SAME
+        and min(found.iou.values(), default=1.0) >= _AIM_IOU
+        and max(means, default=0) <= _AIM_MEAN
+    )
 
 
 def _windows(chips: xr.Dataset) -> Iterator[dict[str, torch.Tensor]]:
