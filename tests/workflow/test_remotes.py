@@ -111,7 +111,7 @@ def test_push_clone_fetch_restore(
         run(project, *local)
     make_results(project, seed=1)
     said = release("v1", project)
-    assert "dvc push: store" in said
+    assert "dvc push: store" in said, said
     assert "keys/user" not in run(project, "git", "grep", "-I", "-e", "keys", "v1", ok=False)
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "-q", str(project), str(clone))

@@ -14,7 +14,7 @@ from terraloom.operate.difference import Difference, map_difference
 from terraloom.operate.stored import MILESTONES, Recorded, open_state
 from terraloom.plan import product_path
 
-__all__ = ["Comparison", "compare_states", "read_scores", "text_of"]
+__all__ = ["Comparison", "compare_states", "present_text", "read_scores", "text_of"]
 
 #: File names that a comparison writes.
 RASTER, TABLE, FACTS, TEXT = "change.tif", "change.csv", "compare.json", "compare.md"
@@ -181,6 +181,21 @@ def text_of(c: Comparison, *, level: int = 1) -> str:
     lines += ["", f"{head}# Areas (ha)", "", *_area_lines(c.areas)]
     lines += ["", f"{head}# Where the maps differ", "", *_change_lines(c.difference)]
     return "\n".join(lines)
+
+
+def present_text(c: Comparison, *, level: int = 1) -> str:
+    """Scores and areas of the later state alone, as Markdown.
+
+    Args:
+        c: A comparison; of a first release, one of a state with itself.
+        level: Of its headings.
+    """
+    head = "#" * level
+    scores = [(name, _number(b)) for name, (_, b) in c.scores.items()]
+    areas = [(name, _area(b)) for name, (_, b) in c.areas.items()]
+    lines = [f"{head} Scores", "", *(_table(("score", "value"), scores) if scores else ["None."])]
+    lines += ["", f"{head} Areas (ha)", ""]
+    return "\n".join(lines + (_table(("class", "area"), areas) if areas else ["None."]))
 
 
 def _key_lines(keys: Mapping[str, tuple[Any, Any]] | None) -> list[str]:

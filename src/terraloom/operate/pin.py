@@ -51,7 +51,7 @@ def pin_model(tag: str, run_dir: Path = Path()) -> str:
     if locked(run_dir):
         raise StateError(
             "a run is under way here, or was killed", where=str(run_dir),
-            fix="wait for it; if none is running: snakemake --unlock",
+            fix="wait for it; if none is running: terraloom resume --only-clear",
         )  # fmt: skip
     model = run_dir / _MODEL
     lost = [name for name in unsaved(run_dir, _MODEL) if Path(name).name != PINNED]

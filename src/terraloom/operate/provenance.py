@@ -164,7 +164,7 @@ def _check_idle(run_dir: Path) -> None:
     if any((run_dir / _SNAKEMAKE / "locks").glob("*.lock")):
         raise StateError(
             "a run is under way here, or was killed", where=str(run_dir / _SNAKEMAKE / "locks"),
-            fix="wait for it; if none is running: snakemake --unlock",
+            fix="wait for it; if none is running: terraloom resume --only-clear",
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from terraloom.errors import StateError
 from terraloom.io import write_text
-from terraloom.operate.compare import Comparison, compare_states, text_of
+from terraloom.operate.compare import Comparison, compare_states, present_text, text_of
 from terraloom.operate.provenance import save_state
 from terraloom.operate.stored import (
     LOCK,
@@ -137,5 +137,7 @@ def _notes(tag: str, message: str, comparison: Comparison, last: str | None) -> 
         lines += ["The first release.", ""]
     else:
         lines += [f"Against {last}:", ""]
-    body = text_of(comparison, level=2).splitlines()
+    if last is None:
+        return "\n".join([*lines, present_text(comparison, level=2)]).rstrip() + "\n"
+    body = text_of(comparison, level=1).splitlines()
     return "\n".join([*lines, *body[2:]]).rstrip() + "\n"

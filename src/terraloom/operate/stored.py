@@ -145,9 +145,13 @@ def md5_of(path: Path) -> str:
 
 
 def remotes(run_dir: Path) -> dict[str, str]:
-    """Address of each DVC remote, by name; without what is said of accounts in local settings."""
-    rows = (line.split() for line in call_dvc(run_dir, "remote", "list").splitlines())
-    return {row[0]: row[1] for row in rows if len(row) > 1}
+    """Address of each DVC remote, by name; nothing else of its settings, which hold secrets."""
+    found = {}
+    for line in call_dvc(run_dir, "config", "--list").splitlines():  # `remote list` breaks lines
+        key, _, value = line.partition("=")
+        if key.startswith("remote.") and key.endswith(".url"):
+            found[key.removeprefix("remote.").removesuffix(".url")] = value
+    return found
 
 
 def where_else(run_dir: Path) -> str:
