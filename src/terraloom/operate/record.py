@@ -209,7 +209,7 @@ def other_run(folder: Path = Path()) -> str:
     if record is None or record["ended"]:
         return (
             f"{folder.resolve()}: a run is just beginning here, or was killed before its first "
-            "job.\n  to do: wait for it; if none is there: snakemake --unlock"
+            "job.\n  to do: wait for it; if none is there: terraloom resume"
         )
     holder: Holder = record["holder"]
     if holder.state == "gone":

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from terraloom.config.campaign import Campaign
+from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid, Tile, row_areas_m2
 from terraloom.io import digest_json, read_json, read_store, write_json
 from terraloom.log import get_logger
@@ -41,8 +42,9 @@ __all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "pre
 
 #: Most bytes that the values of the windows in flight take: one read, one predicted, one written.
 _MOST_BYTES = 1_500_000_000
-#: Copies of a window's values that are held at once, features of the network among them.
-_COPIES = 6
+#: Copies of a window's values that are held at once, features of the network among them: by a
+#: thread that works on a window alone, and where windows are read and written beside it.
+_COPIES_ALONE, _COPIES_BESIDE = 3, 6
 
 Batch = list[tuple[Window, tuple[Tile, ...]]]
 #: Inputs or predictions of a batch of windows, and the reason bits of each.
@@ -104,9 +106,9 @@ def load_ensemble(campaign: Campaign, reader: CubeReader) -> Ensemble:
 def fitting_window_px(campaign: Campaign, ensemble: Ensemble) -> int:
     """``predict.window_px``, or less where a window's values would take too much memory."""
     how = campaign.predict
-    per_px = (
-        4 * _COPIES * ensemble.values_per_px * how.batch * workers_of(how.threads, ensemble.device)
-    )
+    workers = workers_of(how.threads, ensemble.device)
+    copies = workers * _COPIES_ALONE if workers > 1 else _COPIES_BESIDE
+    per_px = 4 * copies * ensemble.values_per_px * how.batch
     side = int(math.sqrt(_MOST_BYTES / per_px)) - 2 * ensemble.halo_px
     fits = max(side, 96)
     if fits < how.window_px:
@@ -238,7 +240,11 @@ def _path(tile: Tile) -> Path:
 
 def _finished(tile: Tile, digest: str) -> bool:
     path = _path(tile)
-    return path.exists() and bool(read_store(path).attrs.get("digest") == digest)
+    try:
+        return path.exists() and bool(read_store(path).attrs.get("digest") == digest)
+    except (StateError, OSError, ValueError, KeyError) as err:
+        log.warning("tile %s: not readable (%s), predicted again", tile.name, err)
+        return False
 
 
 def _digests(

@@ -47,7 +47,7 @@ def true_class_weights(noise: npt.NDArray[Any]) -> F64 | None:
     t = np.asarray(noise, dtype=np.float64)
     if (np.diag(t) < _LEAST_RIGHT).any():
         return None
-    weights: F64 = np.linalg.inv(t).T
+    weights: F64 = np.asarray(np.linalg.inv(t).T, dtype=np.float64)
     return weights
 
 
