@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import rasterio
 
 from terraloom.grid import block_windows, row_areas_m2
-from terraloom.io import cog_from_windows, geobox_of, read_window
+from terraloom.io import GDAL_ENV, INDEXES, cog_from_windows, geobox_of, open_file, read_window
 
 __all__ = ["Difference", "map_difference"]
 
@@ -70,7 +72,7 @@ def map_difference(
     def strips() -> Iterator[tuple[slice, slice, npt.NDArray[Any]]]:
         for rows, cols in block_windows(geobox):
             strip = geobox[rows, cols]
-            a, b = (read_window(p, strip).astype(np.intp) for p in (before, after))
+            a, b = (read_window(src, strip).astype(np.intp) for src in sources)
             weights = np.broadcast_to(areas[rows, None], a.shape)
             found = np.bincount((a * _CODES + b).ravel(), weights.ravel(), minlength=_CODES**2)
             sums[...] += found.reshape(_CODES, _CODES)
@@ -80,14 +82,16 @@ def map_difference(
             bands[:, unknown] = UNKNOWN
             yield rows, cols, bands
 
-    if out is None:
-        for _ in strips():
-            pass
-    else:
-        cog_from_windows(
-            out, geobox, strips(), count=2, dtype="uint8", nodata=UNKNOWN,
-            band_names=["class before", "class after"],
-        )  # fmt: skip
+    with rasterio.Env(**GDAL_ENV), ExitStack() as stack:
+        sources = [stack.enter_context(open_file(p, INDEXES)) for p in (before, after)]
+        if out is None:
+            for _ in strips():
+                pass
+        else:
+            cog_from_windows(
+                out, geobox, strips(), count=2, dtype="uint8", nodata=UNKNOWN,
+                band_names=["class before", "class after"],
+            )  # fmt: skip
     result = Difference(aligned=geobox_of(before) == geobox)
     for a, b in np.argwhere(sums > 0):
         pair = (names[0].get(int(a)), names[1].get(int(b)))

@@ -153,10 +153,10 @@ def _remotes(run_dir: Path) -> Iterator[Finding]:
                       "dvc remote add -d NAME ADDRESS, then dvc push")  # fmt: skip
         return
     yield Finding("remotes", "good", ", ".join(f"{n} ({u})" for n, u in known.items()))
-    local = _local_names(run_dir)
+    everywhere = _outside_git(run_dir)
     late = [
         tag for tag, _, _ in tags_with_results(run_dir)
-        if not local and not any(f'remote "{n}"' in _config_at(run_dir, tag) for n in known)
+        if not everywhere and not any(f'remote "{n}"' in _config_at(run_dir, tag) for n in known)
     ]  # fmt: skip
     if late:
         yield Finding(
@@ -167,9 +167,11 @@ def _remotes(run_dir: Path) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _local_names(run_dir: Path) -> bool:
-    path = run_dir / ".dvc" / "config.local"
-    return path.is_file() and "remote" in path.read_text(encoding="utf-8")
+def _outside_git(run_dir: Path) -> bool:
+    """Whether the address of a remote is set outside git, so that it holds for all tags."""
+    listed = (call_dvc(run_dir, "config", "--list", f"--{level}") for level in ("local", "global"))
+    lines = "\n".join(listed).splitlines()
+    return any(line.startswith("remote.") and ".url=" in line for line in lines)
 
 
 def _config_at(run_dir: Path, tag: str) -> str:

@@ -24,7 +24,14 @@ import yaml
 
 from terraloom.errors import StateError
 from terraloom.io import digest_json, sha256, write_text
-from terraloom.operate.stored import CAMPAIGN, MILESTONES, PROVENANCE, call_dvc, locked_outs
+from terraloom.operate.stored import (
+    CAMPAIGN,
+    MILESTONES,
+    PROVENANCE,
+    call_dvc,
+    check_objects,
+    locked_outs,
+)
 
 __all__ = [
     "MILESTONES", "PROVENANCE", "RECORD_FORMAT", "check_format", "restore_state", "save_state",
@@ -109,13 +116,15 @@ def restore_state(run_dir: Path = Path()) -> str:
     """
     check_format()
     _check_idle(run_dir)
-    names = [m for m in MILESTONES if f"results/{m}" in locked_outs(run_dir)]
+    outs = locked_outs(run_dir)
+    names = [m for m in MILESTONES if f"results/{m}" in outs]
     if not names:
         raise StateError(
             "dvc.lock has no milestone", where=str(run_dir / "dvc.lock"),
             allowed=", ".join(f"results/{m}" for m in MILESTONES),
             fix="check out a commit or tag with results: git tag -l",
         )  # fmt: skip
+    check_objects(run_dir, outs)
     call_dvc(run_dir, "checkout")
     records = _newest(_stored(run_dir, m) for m in names)
     if not records:

@@ -6,6 +6,7 @@ finds out by itself whether it was done before: the same command goes on where i
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from terraloom.errors import StateError
@@ -28,6 +29,10 @@ __all__ = ["NOTES", "release"]
 #: Folder of the release notes.
 NOTES = Path("releases")
 _SHOWN = 10
+#: As a campaign can name it in ``milestones.model``.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Words that mean something else to the campaign, to `compare` or to git.
+_TAKEN = ("build", "frozen", WORK, "HEAD")
 
 
 def release(tag: str, run_dir: Path = Path(), *, push: bool = True, message: str = "") -> str:
@@ -48,11 +53,26 @@ def release(tag: str, run_dir: Path = Path(), *, push: bool = True, message: str
             was done before stays; nothing is tagged.
     """
     _check_tag(run_dir, tag)
-    notes_file = run_dir / NOTES / f"{tag}.md"
     own = (LOCK, (NOTES / f"{tag}.md").as_posix())
     _check_clean(run_dir, own)
+    done: list[str] = []
+    try:
+        text = _record(tag, run_dir, own, message, done)
+        commit = git(run_dir, "rev-parse", "--short", "HEAD").strip()
+        done.append(_pushed(run_dir, tag, commit) if push else "not pushed: dvc push")
+        git(run_dir, "tag", "-a", tag, "-m", message or f"Release {tag}")
+    except StateError as err:
+        raise _half_way(err, tag, done) from err
+    done.append(f"git tag {tag}; to share it: git push --follow-tags")
+    return "\n".join([*done, "", text])
+
+
+def _record(
+    tag: str, run_dir: Path, own: tuple[str, ...], message: str, done: list[str]
+) -> str:  # fmt: skip
+    """Milestones saved and committed with the notes; adds to ``done`` and gives the notes."""
     last = _last(run_dir)
-    done = [save_state(run_dir)]
+    done.append(save_state(run_dir))
     call_dvc(run_dir, "commit", "--force")
     absent = [m for m in MILESTONES if f"results/{m}" not in locked_outs(run_dir)]
     if absent:
@@ -62,27 +82,38 @@ def release(tag: str, run_dir: Path = Path(), *, push: bool = True, message: str
         )  # fmt: skip
     done.append("dvc commit: the results are in the cache")
     text = _notes(tag, message, compare_states(last or WORK, WORK, run_dir), last)
-    write_text(notes_file, text)
+    write_text(run_dir / own[1], text)
     git(run_dir, "add", "--", *own)
     if git(run_dir, "diff", "--cached", "--name-only"):
         git(run_dir, "commit", "-q", "-m", f"Release {tag}")
     commit = git(run_dir, "rev-parse", "--short", "HEAD").strip()
-    done.append(f"git commit {commit}: {LOCK} and {notes_file.relative_to(run_dir).as_posix()}")
-    done.append(_pushed(run_dir, tag, commit) if push else "not pushed: dvc push")
-    git(run_dir, "tag", "-a", tag, "-m", message or f"Release {tag}")
-    done.append(f"git tag {tag}; to share it: git push --follow-tags")
-    return "\n".join([*done, "", text])
+    done.append(f"git commit {commit}: {' and '.join(own)}")
+    return text
+
+
+def _half_way(err: StateError, tag: str, done: list[str]) -> StateError:
+    """The error with what stands already; the same command goes on from there."""
+    if not done:
+        return err
+    steps = "".join(f"\n  done: {line}" for step in done for line in step.splitlines())
+    fix = f"{err.fix}\n  then: the same command again goes on" if err.fix else (
+        f"cure it; then the same command again goes on: terraloom release {tag}"
+    )  # fmt: skip
+    return StateError(
+        f"{err.found}\n  nothing is tagged{steps}", where=err.where, allowed=err.allowed, fix=fix
+    )
 
 
 def _check_tag(run_dir: Path, tag: str) -> None:
     try:
         git(run_dir, "check-ref-format", f"refs/tags/{tag}")
-        valid = not tag.startswith("-") and "/" not in tag
+        valid = _NAME.fullmatch(tag) is not None and tag not in _TAKEN
     except StateError:
         valid = False
     if not valid:
         raise StateError(
-            f"`{tag}` cannot be the name of a release", allowed="a git tag without a slash",
+            f"`{tag}` cannot be the name of a release", where="TAG",
+            allowed=f"letters, digits, `.`, `_` and `-`; not {', '.join(_TAKEN)}",
             fix="such as map-2026.1",
         )  # fmt: skip
     if git(run_dir, "tag", "--list", tag).strip():

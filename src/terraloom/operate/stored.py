@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 
 from terraloom.errors import StateError
+from terraloom.plan import SUFFIXES
 
 __all__ = [
     "CAMPAIGN", "LOCK", "MILESTONES", "PROVENANCE", "WORK", "Recorded", "cache_folder",
-    "call_dvc", "files_of", "git", "locked_outs", "md5_of", "object_path", "open_state",
-    "outs_at", "outs_of", "remotes", "tags_with_results", "unsaved", "where_else",
+    "call_dvc", "check_objects", "files_of", "git", "locked_outs", "md5_of", "object_path",
+    "open_state", "outs_at", "outs_of", "remotes", "tags_with_results", "unsaved", "where_else",
 ]  # fmt: skip
 
 #: Milestones in the order in which they are made.
@@ -32,6 +33,8 @@ CAMPAIGN = "campaign.yaml"
 LOCK = "dvc.lock"
 #: The files that lie in the folder now, not those of a commit.
 WORK = "WORK"
+_INDEXES = tuple(suffix for suffix in SUFFIXES if suffix != ".tif")
+_SHOWN = 5
 
 
 def call_dvc(run_dir: Path, *words: str) -> str:
@@ -216,7 +219,7 @@ class Recorded:
 
 
 def open_state(run_dir: Path, name: str, into: Path) -> Recorded:
-    """Files of a recorded state, as links to the objects of the cache.
+    """Files of a recorded state, as links to the objects of the cache; indexes of tiles as copies.
 
     Args:
         run_dir: Folder of the project, in a git repository.
@@ -243,14 +246,46 @@ def open_state(run_dir: Path, name: str, into: Path) -> Recorded:
                 absent.append(f"{path} ({digest[:2]}/{digest[2:]})")
                 continue
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(source.resolve())
+            # GDAL looks for the tiles of an index beside what a link points to.
+            if link.name.endswith(_INDEXES):
+                shutil.copyfile(source, link)
+            else:
+                link.symlink_to(source.resolve())
     if absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        raise StateError(
-            f"the cache lacks {', '.join(absent[:5])}{more}", where=f"{name}: {cache}",
-            fix=where_else(run_dir),
-        )  # fmt: skip
+        raise _lacking(run_dir, f"{name}: {cache}", absent)
     return Recorded(name, into, outs)
+
+
+def check_objects(run_dir: Path, outs: Mapping[str, str]) -> None:
+    """Refuse outputs whose objects are neither in the cache nor lie in the folder as recorded.
+
+    Args:
+        run_dir: Folder of the project.
+        outs: Object name of each output.
+
+    Raises:
+        StateError: Names the objects and the remotes that may have them.
+    """
+    cache, absent = cache_folder(run_dir), []
+    for out, md5 in outs.items():
+        files = files_of(cache, out, md5)
+        if files is None:
+            absent.append(f"{out} (list of files {md5[:2]}/{md5[2:]})")
+            continue
+        for path, digest in files.items():
+            here = run_dir / path
+            if object_path(cache, digest).is_file() or (here.is_file() and md5_of(here) == digest):
+                continue
+            absent.append(f"{path} ({digest[:2]}/{digest[2:]})")
+    if absent:
+        raise _lacking(run_dir, str(cache), absent)
+
+
+def _lacking(run_dir: Path, where: str, absent: Sequence[str]) -> StateError:
+    more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+    return StateError(
+        f"the cache lacks {', '.join(absent[:_SHOWN])}{more}", where=where, fix=where_else(run_dir)
+    )
 
 
 def outs_at(run_dir: Path, name: str) -> dict[str, str]:
