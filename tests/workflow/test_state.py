@@ -160,7 +160,7 @@ def test_restore_in_a_clone_elsewhere_and_real_changes_are_seen(history, tmp_pat
     _run(clone, "git", "checkout", "-q", "v1")
     with pytest.raises(StateError, match="dvc fetch"):
         restore_state(clone)
-    _run(clone, "dvc", "fetch", "-q")
+    _run(clone, "dvc", "fetch", "-q", "--all-tags")
     restore_state(clone)
     assert _bytes(clone) == states["v1"]
     assert _nothing_to_do(clone)
