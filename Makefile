@@ -11,7 +11,7 @@ export PYTHONHASHSEED := 0
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo rehearsal test test-slow test-chaos test-chaos-short test-slurm test-gpu test-extras check lint format schema bench clean
+.PHONY: help demo rehearsal test test-slow test-chaos test-chaos-short test-slurm test-gpu test-extras audit check lint format schema bench clean
 
 help:
 	@echo "make demo       map the Havel lakes from a real Sentinel-2 scene; report in results/map/"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-browser  pages in Chromium"
 	@echo "make test-slurm a rehearsal on a SLURM cluster of one node, started for it"
 	@echo "make test-gpu   training and prediction on a GPU beside the processor"
+	@echo "make audit      known weaknesses of the locked packages, where a database is at hand"
 	@echo "make bench      print the benchmark tables"
 
 # The lock is complete and flat, so nothing is resolved: --no-deps keeps out the GDAL bindings
@@ -91,6 +92,13 @@ test-browser: $(READY)
 	@command -v chromedriver >/dev/null || { echo "install it first: apt-get install chromium chromium-driver"; exit 1; }
 	pytest tests/browser
 
+# Known weaknesses of the locked packages; needs pip-audit and its advisory database.
+audit: $(READY)
+	@if ! command -v pip-audit >/dev/null; then echo "no audit was made: pip-audit is not installed"; \
+	elif ! $(BIN)/python -c "import urllib.request as u; u.urlopen('https://pypi.org/pypi/pip/json', timeout=10)" 2>/dev/null; \
+	then echo "no audit was made: the advisory database cannot be reached"; \
+	else pip-audit --disable-pip --no-deps -r $(LOCK); fi
+
 schema: $(READY)
 	terraloom schema
 
@@ -99,6 +107,7 @@ bench: $(READY)
 	python benchmarks/prediction.py
 	python benchmarks/export.py
 	python benchmarks/dry_run.py
+	python benchmarks/overhead.py
 	python benchmarks/reads.py
 	python benchmarks/masks.py
 	python benchmarks/alignment.py

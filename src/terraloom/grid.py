@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import CRS, Geod
+from shapely import prepare
 from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
 
@@ -127,14 +129,19 @@ class CampaignGrid:
 
     def tiles(self) -> list[Tile]:
         """Tiles that touch the AOI, row by row."""
+        return list(self._tiles)
+
+    @cached_property
+    def _tiles(self) -> tuple[Tile, ...]:
         h, w = self.geobox.shape
+        prepare(self.aoi)
         found = []
         for row in range(math.ceil(h / self.tile_px)):
             for column in range(math.ceil(w / self.tile_px)):
                 tile = self.tile(column, row)
                 if _touches(tile.geobox, self.aoi):
                     found.append(tile)
-        return found
+        return tuple(found)
 
     def batches(self, tiles_per_job: int | Literal["auto"]) -> dict[str, list[Tile]]:
         """Tiles packed into jobs, keyed ``b0000``, ``b0001`` ...
@@ -152,7 +159,8 @@ class CampaignGrid:
 def _touches(geobox: GeoBox, aoi: BaseGeometry) -> bool:
     b = geobox.boundingbox
     cell = box(b.left, b.bottom, b.right, b.top)
-    return bool(aoi.intersects(cell) and aoi.intersection(cell).area > 0)
+    # Nearly all tiles of a large area lie inside it, which is quick to tell.
+    return bool(aoi.contains(cell) or (aoi.intersects(cell) and aoi.intersection(cell).area > 0))
 
 
 def pick_crs(aoi_deg: BaseGeometry) -> str:

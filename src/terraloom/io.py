@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -60,6 +61,10 @@ GDAL_ENV: dict[str, Any] = {
 DRIVERS = ("GTiff", "COG", "JP2OpenJPEG", "JP2ECW", "JP2KAK")
 #: Formats of a map that is one raster per tile.
 INDEXES = ("VRT", "GTI")
+
+#: The largest block of pixels that is decoded, bytes; and pixels of a band: 1000 scenes in one.
+MAX_BLOCK_BYTES = 1 << 30
+MAX_PIXELS = 10**11
 
 _COG_BLOCK = 512
 #: A disk with less free space than this counts as full, bytes.
@@ -209,10 +214,22 @@ def read_store(path: Path | str) -> Any:
     if not path.is_file():
         raise StateError("the store is missing", where=str(path), fix="run the stage before")
     try:
+        _stored_only(path)
         store = zarr.storage.ZipStore(path, mode="r")
         return xr.open_zarr(store, consolidated=False, chunks=None)
     except (zipfile.BadZipFile, FileNotFoundError, KeyError) as err:
         raise StateError(f"not a readable store ({err})", where=str(path), fix="delete it") from err
+
+
+def _stored_only(path: Path) -> None:
+    """Refuse a zip file whose entries would grow when they are unpacked: stores never do."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise StateError(
+                    f"a store with a packed entry ({entry.filename[:80]!r})", where=str(path),
+                    allowed="stores that Terraloom wrote", fix="delete it",
+                )  # fmt: skip
 
 
 def geobox_of(source: str | Path | DatasetReader) -> GeoBox:
@@ -260,11 +277,23 @@ def open_file(path: str | Path, also: Sequence[str] = ()) -> DatasetReader:
 
 
 def allowed_format(src: DatasetReader) -> None:
-    """Refuse an open raster of a format that can name further files.
+    """Refuse an open raster of a format that can name further files, or of a monstrous size.
+
+    A small file may declare pixels without end. Its blocks are decoded whole, so they are bounded
+    here by what the header says, before any pixel is read.
 
     Raises:
-        SceneError: Its format is not one of ``DRIVERS``.
+        SceneError: Its format is not one of ``DRIVERS``, or it is too large.
     """
+    for shape, dtype in zip(src.block_shapes, src.dtypes, strict=True):
+        size = math.prod(shape) * np.dtype(dtype.removeprefix("complex_")).itemsize
+        if size > MAX_BLOCK_BYTES or src.width * src.height > MAX_PIXELS:
+            raise SceneError(
+                f"a raster of {src.width} x {src.height} px in blocks of {size / 1e6:.3g} MB",
+                where=str(src.name),
+                allowed=f"{MAX_PIXELS:.0g} px, blocks of {MAX_BLOCK_BYTES / 1e6:.4g} MB",
+                fix="convert it to a cloud-optimised GeoTIFF, if it is what it should be",
+            )
     if src.driver not in DRIVERS:
         raise SceneError(
             f"format {src.driver}", where=str(src.name), allowed=", ".join(DRIVERS),

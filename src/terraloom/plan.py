@@ -347,9 +347,18 @@ class Plan:
 
     def around(self, batch: str) -> list[str]:
         """Jobs whose tiles are, or touch, the tiles of a job: prediction reads across borders."""
-        batches = self.grid.batches(self.campaign.grid.tiles_per_job)
-        near = {(t.column + dx, t.row + dy) for t in batches[batch] for dx in STEPS for dy in STEPS}
-        return [n for n, tiles in batches.items() if near & {(t.column, t.row) for t in tiles}]
+        near = {
+            self._batch_at[place]
+            for tile in self.batches[batch]
+            for place in ((tile.column + dx, tile.row + dy) for dx in STEPS for dy in STEPS)
+            if place in self._batch_at
+        }
+        return sorted(near, key=lambda name: int(name[1:]))
+
+    @cached_property
+    def _batch_at(self) -> dict[tuple[int, int], str]:
+        """Job of the tile in a column and row."""
+        return {(t.column, t.row): name for name, tiles in self.batches.items() for t in tiles}
 
     def summary(self) -> str:
         """What will be done, in a few lines."""

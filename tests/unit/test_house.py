@@ -187,6 +187,65 @@ def test_source_is_clean(path: Path) -> None:
         ), f"line {line}: unfinished"  # fmt: skip
 
 
+#: What runs what it reads, or leaves a gap between a name and its file.
+DANGEROUS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen",
+    "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads",
+    "shelve.open", "dill.load", "joblib.load", "yaml.unsafe_load", "yaml.full_load",
+    "yaml.load_all", "tempfile.mktemp", "subprocess.getoutput", "subprocess.getstatusoutput",
+}  # fmt: skip
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """Calls that would run what was read, or hand data to a shell."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        bad = (
+            name in DANGEROUS
+            or given.get("shell", "False") != "False"
+            or given.get("allow_pickle", "False") != "False"
+            or (name.startswith("subprocess.") and isinstance(node.args[0], ast.JoinedStr))
+            or (name == "torch.load" and given.get("weights_only") != "True")
+            or (name == "yaml.load" and given.get("Loader") != "_UniqueKeys")
+            or (name.endswith("Environment") and given.get("autoescape") != "True")
+            or name.split(".")[-1] in ("extractall", "extract")
+        )
+        found += [f"line {node.lineno}: {name}"] if bad else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["eval(x)", "os.system(x)", "subprocess.run(x, shell=True)", "subprocess.run(f'ls {x}')",
+     "np.load(x, allow_pickle=True)", "torch.load(x)", "torch.load(x, weights_only=False)",
+     "yaml.load(x, Loader=yaml.Loader)", "jinja2.Environment()", "tempfile.mktemp()",
+     "pickle.loads(x)", "archive.extractall(x)"],
+)  # fmt: skip
+def test_what_runs_data_is_seen(text: str) -> None:
+    assert dangers(ast.parse(text))
+
+
+def test_nothing_read_is_ever_run() -> None:
+    found = {name_of(p): dangers(tree_of(p)) for p in SOURCES}
+    assert not {name: lines for name, lines in found.items() if lines}
+    from terraloom.config.load import _UniqueKeys
+
+    assert issubclass(_UniqueKeys, yaml.SafeLoader)
+
+
+def test_rules_put_only_checked_words_into_a_shell() -> None:
+    """Wildcards, which have patterns, and words that a rule wrote itself."""
+    allowed = {"log", "wildcards.batch", "wildcards.period", "wildcards.part", "wildcards.fold",
+               "wildcards.member", "wildcards.name", "params.stamp", "threads"}  # fmt: skip
+    for name, body in RULE_TEXTS.items():
+        shell = "".join(re.findall(r'"([^"]*)"', str(directive(body, "shell"))))
+        for word in re.findall(r"{([^}]*)}", shell):
+            assert word in allowed or word.endswith(":q"), f"{name}: {word}"
+
+
 def test_no_path_of_one_machine() -> None:
     files = [
         *SOURCES,

@@ -67,7 +67,7 @@ if CAMPAIGN.archive.kind == "files":
         message:
             "Turn the local files of {wildcards.name} into COGs behind a STAC catalogue"
         shell:
-            "terraloom import-files {input.spec} --out resources/files/{wildcards.name} "
+            "terraloom import-files {input.spec:q} --out resources/files/{wildcards.name} "
             "> {log} 2>&1"
 
 

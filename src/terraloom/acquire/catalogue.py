@@ -29,6 +29,7 @@ from pystac_client.warnings import PystacClientWarning
 from urllib3.util import Retry
 
 from terraloom.acquire.filters import check_filter, matches_filter
+from terraloom.acquire.hosts import may_lead_to
 from terraloom.errors import SceneError
 from terraloom.log import get_logger
 
@@ -45,6 +46,8 @@ RETRIES = 4
 BACKOFF_S = 0.5
 #: A server that asks to wait longer (Retry-After) is asked again after this many seconds.
 WAIT_S = 120.0
+#: The largest document of a catalogue that is read, bytes.
+DOCUMENT_BYTES = 256 << 20
 #: Items asked for in one page.
 PAGE_ITEMS = 100
 
@@ -139,9 +142,9 @@ def safe_href(href: str, catalogue: str, *, allow_local: bool = False) -> str:
         The URL, the ``s3://`` address, or the path relative to the working directory.
 
     Raises:
-        SceneError: Neither http(s) nor s3 nor local, a local file named by a remote catalogue, a
-            file outside the folder of a local catalogue, or a virtual raster (which can name
-            others).
+        SceneError: Neither http(s) nor s3 nor local; a local file or a host of a private network
+            named by a remote catalogue; a file outside the folder of a local catalogue; or a
+            virtual raster (which can name others).
     """
     allowed = "http(s) and s3 addresses" + (
         "" if is_url(catalogue) else f", or files below {_root(catalogue)}"
@@ -150,6 +153,7 @@ def safe_href(href: str, catalogue: str, *, allow_local: bool = False) -> str:
     if path.lower().endswith((".vrt", ".xml")) or any(ord(c) < 32 for c in href):
         raise SceneError(f"asset address {href!r} is not a raster file", allowed=allowed)
     if is_url(href) or is_s3(href):
+        may_lead_to(href, catalogue)
         return href
     if href.lower().startswith("file://"):
         href = unquote(urlsplit(href).path)
@@ -191,7 +195,7 @@ def _relative(path: Path) -> str:
 def _guard(href: str, catalogue: str) -> None:
     """Refuse a link that leads to a file outside the catalogue."""
     if is_url(href):
-        return
+        return may_lead_to(href, catalogue)
     inside = not is_url(catalogue) and not _SCHEME.match(href)
     if not (inside and Path(_normal(href)).is_relative_to(_root(catalogue))):
         raise SceneError(
@@ -226,11 +230,28 @@ class _ApiIO(StacApiIO):
         timeout = TIMEOUT_S if timeout_s is None else (min(timeout_s, TIMEOUT_S[0]), timeout_s)
         super().__init__(timeout=timeout, max_retries=retry_policy())
         self.catalogue = catalogue
+        self.session.hooks["response"].append(self._check)
 
     def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
         href = source.absolute_href if isinstance(source, pystac.Link) else str(source)
         _guard(href, self.catalogue)
         return super().read_text(source, *args, **kwargs)
+
+    def _check(self, answer: requests.Response, **_: Any) -> None:
+        """Refuse redirects into the own network, and documents that do not end."""
+        if answer.is_redirect:
+            may_lead_to(urljoin(answer.url, answer.headers["Location"]), self.catalogue)
+        body = bytearray()
+        for piece in answer.iter_content(1 << 20):  # unpacked, however small it came
+            body += piece
+            if len(body) > DOCUMENT_BYTES:
+                answer.close()
+                raise SceneError(
+                    f"a document of more than {DOCUMENT_BYTES >> 20} MB",
+                    where=self.catalogue,
+                    fix="report it to the catalogue's owner",
+                )
+        answer._content = bytes(body)
 
     def request(self, *args: Any, **kwargs: Any) -> str:
         """Ask once more where an answer breaks off: the policy of retries ends at its headers."""

@@ -27,6 +27,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from terraloom.acquire.catalogue import BACKOFF_S, RETRIES, WAIT_S, is_s3, is_url
+from terraloom.acquire.hosts import may_lead_to
 from terraloom.acquire.s3 import learn_region, s3_request
 from terraloom.acquire.signing import hide_signature, signed_href
 from terraloom.errors import SceneError
@@ -127,6 +128,7 @@ class _Client:
 
     def get(self, url: str, headers: dict[str, str]) -> Any:
         """An answer whose body is not read yet, after redirects and their logins."""
+        asked = url
         for _ in range(_REDIRECTS):
             parts = urlsplit(url)
             host, own = parts.netloc, dict(headers)
@@ -149,6 +151,7 @@ class _Client:
             url = urljoin(url, answer.headers["Location"])
             if urlsplit(url).netloc != host:  # secrets are for whom they were made
                 headers = {k: v for k, v in headers.items() if k in _PLAIN_HEADERS}
+                may_lead_to(url, asked)
             if not is_url(url) or (parts.scheme == "https" and urlsplit(url).scheme != "https"):
                 raise SceneError(
                     f"the server redirects to {hide_signature(url)!r}", allowed="https addresses"
