@@ -21,8 +21,8 @@ from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import build, load_member, save_member
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
-from terraloom.train.applicability import write_applicability
 from terraloom.uncertainty.applicability import Applicability, cell_means, fit_space
+from terraloom.uncertainty.applicability_file import write_applicability
 
 
 def random_ensemble(

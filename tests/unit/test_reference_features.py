@@ -14,15 +14,9 @@ from terraloom.errors import ModelError
 from terraloom.models.fusion import FusionNet, FusionSpec
 from terraloom.models.heads import TaskSpec
 from terraloom.models.mapnet import FEATURES
-from terraloom.train.applicability import (
-    FILE,
-    _features,
-    _some_pixels,
-    importance,
-    read_applicability,
-    write_applicability,
-)
+from terraloom.train.applicability import _features, _some_pixels, importance
 from terraloom.uncertainty.applicability import Applicability, fit_space
+from terraloom.uncertainty.applicability_file import FILE, read_applicability, write_applicability
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from terraloom.models.heads import TaskSpec
 from terraloom.preprocess.cube import build_tile
 from terraloom.preprocess.scenes import gather_scenes
 from terraloom.train.baseline import pixel_forest, random_folds
-from terraloom.train.run import CHIPS, MODEL, task_specs
+from terraloom.train.model_files import CHIPS, MODEL, task_specs
 
 __all__ = ["fit_baseline", "forest_scores"]
 

@@ -39,7 +39,7 @@ from terraloom.train.applicability import fit_applicability
 from terraloom.train.calibrate import Reliability, reliability
 from terraloom.train.ensemble import averaged, cross_fitted_average, fit_calibration
 from terraloom.train.held_out import HeldOut, predict_held_out
-from terraloom.train.run import CHIPS, MODEL, member_files, task_specs
+from terraloom.train.model_files import CHIPS, MODEL, member_files, task_specs
 from terraloom.train.windows import modalities_of, units_of
 
 __all__ = ["calibrate"]

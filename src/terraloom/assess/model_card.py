@@ -13,7 +13,7 @@ import numpy as np
 
 from terraloom.config.campaign import Campaign
 from terraloom.io import read_json, write_text
-from terraloom.train.run import CHIPS, MODEL, member_files
+from terraloom.train.model_files import CHIPS, MODEL, member_files
 
 __all__ = ["CARD", "write_model_card"]
 

@@ -35,7 +35,7 @@ from terraloom.predict.tilewriter import TileWriter
 from terraloom.predict.views import F32, predict_views
 from terraloom.predict.windows import Window, cut, in_batches
 from terraloom.state import code_digest
-from terraloom.train.run import task_specs
+from terraloom.train.model_files import task_specs
 from terraloom.uncertainty.applicability import CELL_PX
 
 __all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "predict_batch"]

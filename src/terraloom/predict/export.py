@@ -33,7 +33,7 @@ from terraloom.predict.onnx_runtime import (
 )
 from terraloom.predict.quantise import quantise_ensemble, split_chips
 from terraloom.preprocess.groups import group_factor, group_order
-from terraloom.train.run import CHIPS
+from terraloom.train.model_files import CHIPS
 
 __all__ = ["OPSET", "export_member", "export_model"]
 

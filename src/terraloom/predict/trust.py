@@ -15,8 +15,8 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.predict.encoding import APPLICABILITY_NODATA, APPLICABILITY_SCALES
-from terraloom.train.applicability import FILE, read_applicability
 from terraloom.uncertainty.applicability import CELL_PX, Applicability
+from terraloom.uncertainty.applicability_file import FILE, read_applicability
 from terraloom.uncertainty.conformal import ClassSets, Interval
 
 __all__ = ["Trust", "TrustFacts"]

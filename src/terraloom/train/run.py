@@ -15,13 +15,12 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 
-from terraloom.config.base import TaskKind
 from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.grid import geobox_from_record
 from terraloom.io import digest_json, read_json, read_store, sha256
 from terraloom.labels.buffer import buffered
-from terraloom.legend import IGNORE_INDEX, read_legend
+from terraloom.legend import IGNORE_INDEX
 from terraloom.log import get_logger
 from terraloom.models.devices import be_exact, choose_device
 from terraloom.models.heads import TaskSpec
@@ -33,62 +32,17 @@ from terraloom.train.cleaning import TrainingWeights, label_rules, training_weig
 from terraloom.train.distributed import World, join_world, leave_world
 from terraloom.train.fit import FitSettings, fit_member, save_fit
 from terraloom.train.live import Live
+from terraloom.train.model_files import CHIPS, member_file, task_specs
 from terraloom.train.pack import array_in, blocks_of
 from terraloom.train.preset import preset
 from terraloom.train.search import search
 
-__all__ = [
-    "CHIPS",
-    "MODEL",
-    "WORK",
-    "fit_settings",
-    "fold_folder",
-    "member_file",
-    "member_files",
-    "search_settings",
-    "task_specs",
-    "train_member",
-]
+__all__ = ["WORK", "fit_settings", "search_settings", "train_member"]
 
-CHIPS = Path("results/chips/chips.zip")
-MODEL = Path("results/model")
 WORK = Path("work/train")
 SEARCH = Path("work/search")
 
 log = get_logger(__name__)
-
-
-def fold_folder(fold: int) -> Path:
-    """Folder of the members that do not see a fold."""
-    return MODEL / f"fold-{fold}"
-
-
-def member_file(fold: int, member: int) -> Path:
-    """Weights of one member."""
-    return fold_folder(fold) / f"member-{member}.safetensors"
-
-
-def member_files(fold: int) -> list[Path]:
-    """Weights of the members that do not see a fold."""
-    return sorted(fold_folder(fold).glob("member-*.safetensors"))
-
-
-def task_specs(campaign: Campaign) -> list[TaskSpec]:
-    """The campaign's tasks in the form the networks take."""
-    specs = []
-    for task in campaign.tasks:
-        classes: tuple[str, ...] = ()
-        if task.kind is TaskKind.SEGMENTATION:
-            classes = read_legend(str(task.classes)).names
-        loss = task.loss
-        specs.append(
-            TaskSpec(
-                task.name, str(task.kind), classes, task.unit, task.weight,
-                transform=loss.transform, loss=loss.name, dice=loss.dice,
-                smoothing=loss.smoothing, forget=loss.forget,
-            )
-        )  # fmt: skip
-    return specs
 
 
 def fit_settings(campaign: Campaign, chips: xr.Dataset) -> FitSettings:
