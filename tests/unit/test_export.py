@@ -24,7 +24,7 @@ from terraloom.predict.certify import certify
 from terraloom.predict.engine import predict_batch
 from terraloom.predict.ensemble import Ensemble, folded, member_files
 from terraloom.predict.export import export_member, export_model
-from terraloom.predict.onnx_runtime import onnx_members, onnx_path
+from terraloom.predict.onnx_runtime import onnx_members, onnx_path, open_session
 from terraloom.predict.quantise import fewest_kept, split_chips
 from terraloom.predict.reader import CubeReader
 from terraloom.train.ensemble import averaged
@@ -115,7 +115,7 @@ def test_a_missing_extra_says_what_to_install(here: Path, monkeypatch: pytest.Mo
     with pytest.raises(ModelError, match=r"terraloom\[onnx\]"):
         export_model(c)
     with pytest.raises(ModelError, match=r"terraloom\[onnx\]"):
-        onnx_members([], [], 1)
+        open_session(here / "net.onnx", 1)
 
 
 def test_networks_over_time_are_refused(here: Path) -> None:
