@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.states import ENV
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -16,3 +18,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def committer() -> Iterator[None]:
+    """Commits need a name, and the settings of the machine must not count."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENV.items():
+            patch.setenv(key, value)
+        yield

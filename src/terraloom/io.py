@@ -48,6 +48,7 @@ __all__ = [
     "write_store",
     "write_text",
     "zip_folder",
+    "zip_store",
 ]
 
 #: GDAL settings for all reading: no directory listings, and no network, since GDAL keeps broken
@@ -208,21 +209,24 @@ def read_store(path: Path | str) -> Any:
         StateError: The file is missing or is not such a store.
     """
     import xarray as xr
-    import zarr
 
     path = Path(path)
     if not path.is_file():
         raise StateError("the store is missing", where=str(path), fix="run the stage before")
     try:
-        _stored_only(path)
-        store = zarr.storage.ZipStore(path, mode="r")
-        return xr.open_zarr(store, consolidated=False, chunks=None)
+        return xr.open_zarr(zip_store(path), consolidated=False, chunks=None)
     except (zipfile.BadZipFile, FileNotFoundError, KeyError) as err:
         raise StateError(f"not a readable store ({err})", where=str(path), fix="delete it") from err
 
 
-def _stored_only(path: Path) -> None:
-    """Refuse a zip file whose entries would grow when they are unpacked: stores never do."""
+def zip_store(path: Path) -> Any:
+    """A zip file as a store of zarr; refused if entries would grow when they are unpacked.
+
+    Raises:
+        StateError: It has such an entry; stores that Terraloom writes never do.
+    """
+    import zarr
+
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -230,6 +234,7 @@ def _stored_only(path: Path) -> None:
                     f"a store with a packed entry ({entry.filename[:80]!r})", where=str(path),
                     allowed="stores that Terraloom wrote", fix="delete it",
                 )  # fmt: skip
+    return zarr.storage.ZipStore(path, mode="r")
 
 
 def geobox_of(source: str | Path | DatasetReader) -> GeoBox:

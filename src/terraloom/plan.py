@@ -26,7 +26,7 @@ from terraloom.origin import PINNED, map_digest
 
 __all__ = [
     "CUBES", "SUFFIXES", "TILES", "Plan", "Resolved", "campaign_values", "check_pinned",
-    "product_names", "product_path", "product_suffix", "resolve_campaign",
+    "forget_pin", "product_names", "product_path", "product_suffix", "resolve_campaign",
 ]  # fmt: skip
 
 #: Stores of tiles: their cubes, and what is predicted.
@@ -149,6 +149,12 @@ def check_pinned(campaign: Campaign, run_dir: Path = Path()) -> None:
             where="milestones.model", allowed="build, frozen, or the name of a release",
             fix=f"terraloom pin model {wanted}",
         )  # fmt: skip
+
+
+def forget_pin(campaign: Campaign, run_dir: Path = Path()) -> None:
+    """The model is built again, so it is that of no release."""
+    if campaign.milestones.model == "build":
+        (run_dir / "results/model" / PINNED).unlink(missing_ok=True)
 
 
 def product_names(campaign: Campaign) -> list[str]:

@@ -27,9 +27,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Imports point up this list only. `uncertainty` is arithmetic on arrays that prediction calls, so
 #: it stands below `predict`, not after it as in the design; `config.starter` reads an AOI.
 LAYERS = (
-    "errors", "bandstats", "warp", "scratch", "io", "log", "grid", "legend", "state", "config",
-    "origin", "aoi", "plan", "config.starter", "acquire", "preprocess", "labels", "models",
-    "uncertainty", "train", "predict", "assess", "report", "operate", "check", "cli",
+    "errors", "bandstats", "warp", "scratch", "io", "tables", "log", "grid", "legend", "state",
+    "config", "origin", "aoi", "plan", "config.starter", "acquire", "preprocess", "labels",
+    "models", "uncertainty", "train", "predict", "assess", "report", "operate", "check", "cli",
 )  # fmt: skip
 
 

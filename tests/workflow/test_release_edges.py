@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.states import ENV, GRID, make_project, make_results, run
+from support.states import GRID, make_project, make_results, run
 from terraloom.errors import StateError
 from terraloom.io import write_raster, write_text
 from terraloom.operate.compare import compare_states
@@ -18,17 +18,8 @@ from terraloom.operate.release import release
 from terraloom.operate.stored import md5_of, object_path, open_state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nobody():
-    """Commits need a name, and the settings of the machine must not count."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in ENV.items():
-            patch.setenv(key, value)
-        yield
-
-
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(committer: None, tmp_path: Path) -> Path:
     """Project with results that are in no state yet."""
     folder = make_project(tmp_path / "project")
     make_results(folder, seed=1)

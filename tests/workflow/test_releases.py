@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from support.states import ENV, GRID, make_project, make_results, run
+from support.states import GRID, make_project, make_results, run
 from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError, StateError
 from terraloom.grid import row_areas_m2
@@ -21,22 +21,13 @@ from terraloom.operate.pin import pin_model
 from terraloom.operate.provenance import restore_state
 from terraloom.operate.release import release
 from terraloom.operate.versions import verify_state
-from terraloom.plan import check_pinned
+from terraloom.plan import check_pinned, forget_pin
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nobody():
-    """Commits need a name, and the settings of the machine must not count."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in ENV.items():
-            patch.setenv(key, value)
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def made(committer: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Project with a local remote and two releases; what the releases said."""
     base = tmp_path_factory.mktemp("releases")
     folder = make_project(base / "project")
@@ -120,6 +111,8 @@ def test_the_present_state_compares_with_a_release(project: Path) -> None:
     make_results(project, seed=2, strip=6, iou=0.5, model={"members": 3})
     text = text_of(compare_states("v2", "WORK", project))
     assert "| model.iou | 0.625 | 0.5 | -0.125 |" in text
+    assert "- scenes: the same bytes" in text
+    assert "- model: other" in text, "what lies here counts, not what dvc.lock says"
     assert "0.0 ha of" in text
 
 
@@ -172,10 +165,15 @@ def test_the_model_of_a_release_is_pinned(project: Path) -> None:
     data = read_yaml(ROOT / "config/campaigns/havel.yaml")
     campaign = parse_campaign(data | {"milestones": {"model": "v1"}}, where="test")
     check_pinned(campaign, project)
+    assert compare_states("v1", "WORK", project).milestones["model"] is True
+    forget_pin(campaign, project)
+    assert (project / "results/model/pinned.json").exists()
     pin_model("v2", project)  # what lies there is the model of v1: recorded
     with pytest.raises(ConfigError, match="of release v2") as err:
         check_pinned(campaign, project)
     assert "terraloom pin model v1" in str(err.value)
+    forget_pin(parse_campaign(data, where="test"), project)
+    assert not (project / "results/model/pinned.json").exists(), "a model built again is no release"
 
 
 def test_a_model_that_was_never_recorded_is_not_replaced(project: Path) -> None:
@@ -188,7 +186,7 @@ def test_a_model_that_was_never_recorded_is_not_replaced(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_campaigns_share_a_cache_and_nothing_else(tmp_path: Path) -> None:
+def test_two_campaigns_share_a_cache_and_nothing_else(committer: None, tmp_path: Path) -> None:
     one = make_project(tmp_path / "one", cache=tmp_path / "cache")
     make_results(one, seed=1)
     release("north-1", one)

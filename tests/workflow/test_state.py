@@ -16,17 +16,12 @@ import snakemake.persistence
 import yaml
 from snakemake.persistence.file import FilePersistence
 
+from support.states import ENV, OUTS, run
 from terraloom.operate import provenance
 from terraloom.errors import StateError
 from terraloom.operate.provenance import MILESTONES, RECORD_FORMAT, restore_state, save_state
 from terraloom.operate.versions import state_log, verify_state
 
-BIN = Path(sys.executable).parent
-ENV = {
-    **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
-    "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org",
-    "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org",
-}  # fmt: skip
 SNAKEFILE = """
 configfile: "config.yaml"
 
@@ -70,27 +65,19 @@ rule mosaic:
     output: "results/map/map.txt"
     shell: "cat {input} > {output}"
 """
-OUTS = {m: {"cmd": "true", "outs": [{f"results/{m}": {"persist": True}}]} for m in MILESTONES}
-
-
-def _run(folder: Path, *words: str, ok: bool = True) -> str:
-    done = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
-    assert not ok or done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
 
 def _snakemake(folder: Path, *words: str) -> str:
-    return _run(folder, "snakemake", "--cores", "1", "--max-checksum-file-size", "2GB", *words)
+    return run(folder, "snakemake", "--cores", "1", "--max-checksum-file-size", "2GB", *words)
 
 
 def _record(folder: Path, tag: str, **config: object) -> dict[str, bytes]:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     _snakemake(folder, "--quiet", "rules")
     save_state(folder)
-    _run(folder, "dvc", "commit", "-q", "-f")
-    _run(folder, "git", "add", "-A")
-    _run(folder, "git", "commit", "-q", "-m", f"state {tag}")
-    _run(folder, "git", "tag", tag)
+    run(folder, "dvc", "commit", "-q", "-f")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-q", "-m", f"state {tag}")
+    run(folder, "git", "tag", tag)
     return _bytes(folder)
 
 
@@ -116,8 +103,8 @@ def history(tmp_path_factory) -> tuple[Path, dict[str, dict[str, bytes]]]:
     (folder / "Snakefile").write_text(SNAKEFILE)
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": OUTS}))
     (folder / ".gitignore").write_text("/.snakemake/\n/work/\n/resources/\n/results/\n")
-    _run(folder, "git", "init", "-q", "-b", "main")
-    _run(folder, "dvc", "init", "-q")
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "dvc", "init", "-q")
     states = {"v1": _record(folder, "v1", seed=1, period="june", rate=0.1)}
     states["v2"] = _record(folder, "v2", seed=2, period="june", rate=0.1)
     assert not any(states["v1"][name] == states["v2"][name] for name in states["v1"])
@@ -136,7 +123,7 @@ def test_restore_in_the_same_clone_back_and_forth(history):
     (folder / "resources" / "by-hand.txt").write_text("mine")
     for tag in ("v1", "v2"):
         (folder / "work" / "stale.txt").write_text("of another run")
-        _run(folder, "git", "checkout", "-q", tag)
+        run(folder, "git", "checkout", "-q", tag)
         text = restore_state(folder)
         assert _bytes(folder) == states[tag]
         assert not any((folder / "work").iterdir())
@@ -144,7 +131,7 @@ def test_restore_in_the_same_clone_back_and_forth(history):
         assert not (folder / "resources" / "catalog.txt").exists()
         assert (folder / "resources" / "by-hand.txt").read_text() == "mine"
         assert _nothing_to_do(folder)
-        assert "up to date" in _run(folder, "dvc", "status")
+        assert "up to date" in run(folder, "dvc", "status")
         assert save_state(folder)
         assert _bytes(folder) == states[tag]
 
@@ -153,18 +140,18 @@ def test_restore_in_the_same_clone_back_and_forth(history):
 def test_restore_in_a_clone_elsewhere_and_real_changes_are_seen(history, tmp_path):
     folder, states = history
     remote, clone = tmp_path / "remote", tmp_path / "elsewhere" / "clone"
-    _run(folder, "dvc", "remote", "add", "-f", "--local", "-q", "-d", "store", str(remote))
-    _run(folder, "dvc", "push", "-q", "--all-tags")
-    _run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
-    _run(clone, "dvc", "remote", "add", "--local", "-q", "-d", "store", str(remote))
-    _run(clone, "git", "checkout", "-q", "v1")
+    run(folder, "dvc", "remote", "add", "-f", "--local", "-q", "-d", "store", str(remote))
+    run(folder, "dvc", "push", "-q", "--all-tags")
+    run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
+    run(clone, "dvc", "remote", "add", "--local", "-q", "-d", "store", str(remote))
+    run(clone, "git", "checkout", "-q", "v1")
     with pytest.raises(StateError, match="dvc fetch"):
         restore_state(clone)
-    _run(clone, "dvc", "fetch", "-q", "--all-tags")
+    run(clone, "dvc", "fetch", "-q", "--all-tags")
     restore_state(clone)
     assert _bytes(clone) == states["v1"]
     assert _nothing_to_do(clone)
-    assert "up to date" in _run(clone, "dvc", "status")
+    assert "up to date" in run(clone, "dvc", "status")
 
     # The cube is an intermediate that is not here: its record alone shows the change.
     assert _planned(clone, "--config", "period=july") >= {"cube", "chips", "train", "mosaic"}
@@ -172,7 +159,7 @@ def test_restore_in_a_clone_elsewhere_and_real_changes_are_seen(history, tmp_pat
     (clone / "results" / "chips" / "chips.zip").write_text("edited")
     assert "train" in _planned(clone)
 
-    _run(clone, "git", "checkout", "-q", "v2")
+    run(clone, "git", "checkout", "-q", "v2")
     with pytest.raises(StateError, match="never committed"):
         restore_state(clone)
     assert (clone / "results" / "chips" / "chips.zip").read_text() == "edited"
@@ -286,7 +273,7 @@ def test_verify_names_what_is_damaged_behind_the_back_of_dvc(project):
 
 
 def test_log_lists_tags_with_metrics_newest_first(project):
-    _run(project, "git", "tag", "empty-change")
+    run(project, "git", "tag", "empty-change")
     lines = state_log(project).splitlines()
     tags = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert sorted(tags) == ["empty-change", "v1", "v2"]

@@ -20,6 +20,7 @@ import yaml
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
+from support.states import ENV, run
 from support.chaos import finished_jobs, kill_tree, leftovers, said, session, start
 from support.road import BIN, REHEARSAL, ROOT, command, put_stand_ins, snakemake
 from terraloom import cli
@@ -188,18 +189,7 @@ def test_a_second_run_a_kill_and_a_worker_without_memory(
 
 # --- DVC -----------------------------------------------------------------------------------------
 
-ENV = {
-    **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1",
-    "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org",
-    "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org",
-}  # fmt: skip
 FILES = 400
-
-
-def call(folder: Path, *words: str) -> str:
-    done = subprocess.run(words, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture
@@ -214,8 +204,8 @@ def project(tmp_path: Path) -> Path:
     for n in range(FILES):
         (folder / f"results/map/{n:04d}.tif").write_bytes(dice.bytes(100_000))
     (folder / "results/map" / PROVENANCE).touch()
-    call(folder, "git", "init", "-q", "-b", "main")
-    call(folder, "dvc", "init", "-q")
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "dvc", "init", "-q")
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     return folder
 
@@ -236,14 +226,14 @@ def test_a_commit_of_dvc_that_is_killed_is_done_again(project: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert contents(project) == before
-    call(project, "dvc", "commit", "-q", "-f")
-    call(project, "git", "add", "-A")
-    call(project, "git", "commit", "-q", "-m", "state")
-    assert "up to date" in call(project, "dvc", "status")
+    run(project, "dvc", "commit", "-q", "-f")
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-q", "-m", "state")
+    assert "up to date" in run(project, "dvc", "status")
     assert f"{FILES + 1} files" in verify_state(project)
     assert leftovers(project) == []
     shutil.rmtree(project / "results")
-    call(project, "dvc", "checkout", "-q")
+    run(project, "dvc", "checkout", "-q")
     assert contents(project) == before
 
 
@@ -254,12 +244,12 @@ def test_results_on_a_disk_without_links_to_the_cache(project: Path, tmp_path: P
     cache.mkdir()
     mount(cache, "size=100m")
     try:
-        call(project, "dvc", "cache", "dir", str(cache))
+        run(project, "dvc", "cache", "dir", str(cache))
         before = contents(project)
-        call(project, "dvc", "commit", "-q", "-f")
+        run(project, "dvc", "commit", "-q", "-f")
         (project / "results/map/0000.tif").write_bytes(b"spoilt")
         shutil.rmtree(project / "results")
-        call(project, "dvc", "checkout", "-q")
+        run(project, "dvc", "checkout", "-q")
         assert contents(project) == before
         assert all(p.stat().st_nlink == 1 for p in (project / "results/map").iterdir())
         assert f"{FILES + 1} files" in verify_state(project)

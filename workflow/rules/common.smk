@@ -11,7 +11,7 @@ from terraloom.errors import TerraloomError
 from terraloom.io import digest_json
 from terraloom.operate.record import begin_run, end_run, other_run
 from terraloom.operate.resume import MARK_VARIABLE
-from terraloom.plan import Plan, check_pinned, resolve_campaign
+from terraloom.plan import Plan, check_pinned, forget_pin, resolve_campaign
 from terraloom.state import code_digest, files_digest
 
 PROJECT = os.path.relpath(Path(workflow.basedir).parent)
@@ -191,6 +191,7 @@ if workflow.is_main_process:
 
 onstart:
     RESOLVED.write("work/campaign.yaml")
+    forget_pin(CAMPAIGN)
     print(PLAN.summary())
     left = begin_run(
         recorded(workflow.dag),

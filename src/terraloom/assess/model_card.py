@@ -13,6 +13,7 @@ import numpy as np
 
 from terraloom.config.campaign import Campaign
 from terraloom.io import read_json, write_text
+from terraloom.tables import markdown_table
 from terraloom.train.model_files import CHIPS, MODEL, member_files
 
 __all__ = ["CARD", "write_model_card"]
@@ -39,11 +40,6 @@ def _near(name: str) -> Path:
     return CHIPS.with_name(name)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def _what(campaign: Campaign, member: Mapping[str, Any]) -> str:
     m = campaign.model
     channels = member["spec"]["channels"]
@@ -55,7 +51,8 @@ def _what(campaign: Campaign, member: Mapping[str, Any]) -> str:
         f"{campaign.folds.count} folds that they have not seen; their mean is the prediction. A "
         f"pixel's output depends on inputs at most {member['receptive_field_px']} pixels "
         f"({10 * member['receptive_field_px']} m) away. Weights are in `fold-*/`; inputs are "
-        "channels by sensor and pixel size:\n\n" + _table(["group", "channels", "names"], rows)
+        "channels by sensor and pixel size:\n\n"
+        + markdown_table(["group", "channels", "names"], rows)
     )
 
 
@@ -71,7 +68,9 @@ def _data(campaign: Campaign, labels: Mapping[str, Any], chips: Mapping[str, Any
     return (
         f"## What it was made from\n\nImages: {sources}; periods {periods}. Training windows: "
         f"{chips['chips']} of {campaign.chips.size_px} pixels.\n\n"
-        + _table(["task", "kind", "labels", "kept", "left out", "pixels", "under cloud"], rows)
+        + markdown_table(
+            ["task", "kind", "labels", "kept", "left out", "pixels", "under cloud"], rows
+        )
         + f"\nFolds: {campaign.folds.count} by `{campaign.folds.method}`, blocks of "
         f"{labels['folds']['block_m']:g} m, buffer {campaign.folds.buffer_m:g} m.\n"
     )
@@ -93,7 +92,8 @@ def _scores(campaign: Campaign, held: Mapping[str, Any], labels: Mapping[str, An
         f"macro-F1 {_interval(overall['macro_f1'])} on "
         f"{held['n_pixels']:,} pixels of {held['n_blocks']} held-out blocks (95 % intervals over "
         f"blocks). Calibration error {held['ece_before']:.3f} before, {held['ece_after']:.3f} "
-        "after calibration.\n\n" + _table(["class", "pixels", "precision", "recall", "F1"], rows)
+        "after calibration.\n\n"
+        + markdown_table(["class", "pixels", "precision", "recall", "F1"], rows)
     )
     for name, r in held["regression"].items():
         text += f"\n{name}: RMSE {r['rmse']:.3g} {r['unit']}, bias {r['bias']:.3g} {r['unit']}.\n"

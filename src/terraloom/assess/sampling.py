@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
@@ -37,6 +35,7 @@ from terraloom.io import atomic, geobox_of, write_json, write_text
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.plan import product_path
+from terraloom.tables import csv_text
 
 __all__ = ["DESIGN", "MAP", "POINTS", "draw_sample", "settings_of", "write_sample"]
 
@@ -197,16 +196,14 @@ def _table_text(
 ) -> str:
     """The allocation table as CSV: one row per stratum, the last one the standard error."""
     units = {s.code: s.n_units for s in (*design.classes, *design.strata)}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["code", "name", *table, "drawn"])
+    rows = []
     for i, (code, name) in enumerate(names.items()):
         values = [_short(column[i]) for column in table.values()]
-        writer.writerow([code, name, *values, units.get(code, 0)])
+        rows.append([code, name, *values, units.get(code, 0)])
     last = [_short(column[-1]) for column in table.values()]
     expected = design.planned.get("anticipated_se")
-    writer.writerow(["", "anticipated standard error", *last, _short(expected)])
-    return text.getvalue()
+    rows.append(["", "anticipated standard error", *last, _short(expected)])
+    return csv_text(["code", "name", *table, "drawn"], rows)
 
 
 def _short(value: float | None) -> str:

@@ -13,6 +13,7 @@ from terraloom.io import write_json, write_text
 from terraloom.operate.difference import Difference, map_difference
 from terraloom.operate.stored import MILESTONES, Recorded, open_state
 from terraloom.plan import product_path
+from terraloom.tables import csv_text, markdown_table
 
 __all__ = ["Comparison", "compare_states", "present_text", "read_scores", "text_of"]
 
@@ -79,7 +80,7 @@ def compare_states(
         raster = out / RASTER if out else None
         comparison = Comparison(
             before, after,
-            {m: _same(a, b, f"results/{m}") for m in MILESTONES},
+            {m: _same(a, b, m) for m in MILESTONES},
             _side_by_side(read_scores(a), read_scores(b)),
             _side_by_side(_areas(a), _areas(b)),
             _keys(a.campaign, b.campaign),
@@ -100,8 +101,9 @@ def read_scores(state: Recorded) -> dict[str, float]:
     return found
 
 
-def _same(a: Recorded, b: Recorded, out: str) -> bool | None:
-    return a.outs[out] == b.outs[out] if out in a.outs and out in b.outs else None
+def _same(a: Recorded, b: Recorded, milestone: str) -> bool | None:
+    one, other = a.content(milestone), b.content(milestone)
+    return one == other if one and other else None
 
 
 def _areas(state: Recorded) -> dict[str, dict[str, str]]:
@@ -154,97 +156,87 @@ def _changes(difference: Difference) -> list[tuple[tuple[str, str], float]]:
 
 def _write(comparison: Comparison, out: Path) -> None:
     write_json(out / FACTS, comparison.record())
-    write_text(out / TEXT, text_of(comparison) + "\n")
+    write_text(out / TEXT, text_of(comparison))
     if comparison.difference is not None:
-        lines = ["before,after,area_ha"]
-        for (a, b), ha in _changes(comparison.difference):
-            lines.append(f'"{a}","{b}",{ha:.4f}')
-        write_text(out / TABLE, "\n".join(lines) + "\n")
+        rows = ((a, b, f"{ha:.4f}") for (a, b), ha in _changes(comparison.difference))
+        write_text(out / TABLE, csv_text(("before", "after", "area_ha"), rows))
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
-def text_of(c: Comparison, *, level: int = 1) -> str:
+def text_of(c: Comparison, *, titled: bool = True) -> str:
     """A comparison as Markdown.
 
     Args:
         c: The comparison.
-        level: Of its first heading.
+        titled: Whether its first line names the two states.
     """
-    head = "#" * level
-    lines = [f"{head} {c.before} -> {c.after}", ""]
     same = {True: "the same bytes", False: "other", None: "not in both"}
-    lines += [f"- {m}: {same[is_same]}" for m, is_same in c.milestones.items()]
-    lines += ["", f"{head}# Campaign", "", *_key_lines(c.keys)]
-    lines += ["", f"{head}# Scores", "", *_score_lines(c.scores)]
-    lines += ["", f"{head}# Areas (ha)", "", *_area_lines(c.areas)]
-    lines += ["", f"{head}# Where the maps differ", "", *_change_lines(c.difference)]
-    return "\n".join(lines)
+    title = f"# {c.before} -> {c.after}\n\n" if titled else ""
+    milestones = "".join(f"- {m}: {same[is_same]}\n" for m, is_same in c.milestones.items())
+    parts = {
+        "Campaign": _keys_text(c.keys),
+        "Scores": _scores_text(c.scores),
+        "Areas (ha)": markdown_table(
+            ("class", "before", "after"), ((n, _area(a), _area(b)) for n, (a, b) in c.areas.items())
+        ),
+        "Where the maps differ": _changes_text(c.difference),
+    }
+    return title + milestones + _sections(parts)
 
 
-def present_text(c: Comparison, *, level: int = 1) -> str:
-    """Scores and areas of the later state alone, as Markdown.
-
-    Args:
-        c: A comparison; of a first release, one of a state with itself.
-        level: Of its headings.
-    """
-    head = "#" * level
-    scores = [(name, _number(b)) for name, (_, b) in c.scores.items()]
-    areas = [(name, _area(b)) for name, (_, b) in c.areas.items()]
-    lines = [f"{head} Scores", "", *(_table(("score", "value"), scores) if scores else ["None."])]
-    lines += ["", f"{head} Areas (ha)", ""]
-    return "\n".join(lines + (_table(("class", "area"), areas) if areas else ["None."]))
+def present_text(state: Recorded) -> str:
+    """Scores and areas of one state, as Markdown."""
+    scores = ((name, _number(v)) for name, v in read_scores(state).items())
+    areas = ((name, _area(row)) for name, row in _areas(state).items())
+    return _sections({
+        "Scores": markdown_table(("score", "value"), scores),
+        "Areas (ha)": markdown_table(("class", "area"), areas),
+    })  # fmt: skip
 
 
-def _key_lines(keys: Mapping[str, tuple[Any, Any]] | None) -> list[str]:
+def _sections(parts: Mapping[str, str]) -> str:
+    return "".join(f"\n## {title}\n\n{text}" for title, text in parts.items())
+
+
+def _keys_text(keys: Mapping[str, tuple[Any, Any]] | None) -> str:
     if keys is None:
-        return ["A state was saved without its campaign; see git diff."]
+        return "A state was saved without its campaign; see git diff.\n"
     if not keys:
-        return ["All keys are the same."]
-    rows = [(f"`{k}`", _short(a), _short(b)) for k, (a, b) in keys.items()]
-    return _table(("key", "before", "after"), rows)
+        return "All keys are the same.\n"
+    rows = ((f"`{k}`", _short(a), _short(b)) for k, (a, b) in keys.items())
+    return markdown_table(("key", "before", "after"), rows)
 
 
-def _score_lines(scores: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+def _scores_text(scores: Mapping[str, tuple[float | None, float | None]]) -> str:
     rows = []
     for name, (a, b) in scores.items():
-        step = _ABSENT if a is None or b is None else f"{b - a:+.4g}"
-        rows.append((name, _number(a), _number(b), step))
-    return _table(("score", "before", "after", "change"), rows) if rows else ["None."]
+        if a != b:
+            step = _ABSENT if a is None or b is None else f"{b - a:+.4g}"
+            rows.append((name, _number(a), _number(b), step))
+    table = markdown_table(("score", "before", "after", "change"), rows) if rows else ""
+    return f"{table}{len(scores) - len(rows)} scores are the same.\n"
 
 
-def _area_lines(
-    areas: Mapping[str, tuple[Mapping[str, str] | None, Mapping[str, str] | None]],
-) -> list[str]:
-    rows = [(name, _area(a), _area(b)) for name, (a, b) in areas.items()]
-    return _table(("class", "before", "after"), rows) if rows else ["None."]
-
-
-def _change_lines(difference: Difference | None) -> list[str]:
+def _changes_text(difference: Difference | None) -> str:
     if difference is None:
-        return ["A state has no map."]
+        return "A state has no map.\n"
     d = difference
     share = 100 * d.changed_ha / d.compared_ha if d.compared_ha else 0.0
-    lines = [
+    text = (
         f"{d.changed_ha:.1f} ha of {d.compared_ha:.1f} ha have another class ({share:.2f} %); "
-        f"{d.unknown_ha:.1f} ha have no class in one of the maps."
-    ]
+        f"{d.unknown_ha:.1f} ha have no class in one of the maps.\n"
+    )
     if not d.aligned:
-        lines.append("The maps have other pixels: the earlier one was read at the nearest pixel.")
+        text += "The maps have other pixels: the earlier one was read at the nearest pixel.\n"
     changes = _changes(d)
-    rows = [(a, b, f"{ha:.2f}") for (a, b), ha in changes[:_SHOWN]]
-    if rows:
-        lines += ["", *_table(("before", "after", "ha"), rows)]
+    if changes:
+        rows = ((a, b, f"{ha:.2f}") for (a, b), ha in changes[:_SHOWN])
+        text += "\n" + markdown_table(("before", "after", "ha"), rows)
     if len(changes) > _SHOWN:
-        lines.append(f"\nand {len(changes) - _SHOWN} smaller changes")
-    return lines
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return [f"| {' | '.join(c.replace('|', '/') for c in row)} |" for row in lines]
+        text += f"\nand {len(changes) - _SHOWN} smaller changes\n"
+    return text
 
 
 def _area(row: Mapping[str, str] | None) -> str:

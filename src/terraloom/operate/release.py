@@ -11,7 +11,7 @@ from pathlib import Path
 
 from terraloom.errors import StateError
 from terraloom.io import write_text
-from terraloom.operate.compare import Comparison, compare_states, present_text, text_of
+from terraloom.operate.compare import compare_states, present_text, text_of
 from terraloom.operate.provenance import save_state
 from terraloom.operate.stored import (
     LOCK,
@@ -20,6 +20,7 @@ from terraloom.operate.stored import (
     call_dvc,
     git,
     locked_outs,
+    present_state,
     remotes,
     tags_with_results,
 )
@@ -81,7 +82,7 @@ def _record(
             fix="each milestone must be an output of a stage; see dvc.yaml of the project",
         )  # fmt: skip
     done.append("dvc commit: the results are in the cache")
-    text = _notes(tag, message, compare_states(last or WORK, WORK, run_dir), last)
+    text = _notes(run_dir, tag, message, last)
     write_text(run_dir / own[1], text)
     git(run_dir, "add", "--", *own)
     if git(run_dir, "diff", "--cached", "--name-only"):
@@ -160,15 +161,9 @@ def _pushed(run_dir: Path, tag: str, commit: str) -> str:
     return f"dvc push: {', '.join(known)}"
 
 
-def _notes(tag: str, message: str, comparison: Comparison, last: str | None) -> str:
-    lines = [f"# Release {tag}", ""]
-    if message:
-        lines += [message, ""]
+def _notes(run_dir: Path, tag: str, message: str, last: str | None) -> str:
+    head = f"# Release {tag}\n\n" + (f"{message}\n\n" if message else "")
     if last is None:
-        lines += ["The first release.", ""]
-    else:
-        lines += [f"Against {last}:", ""]
-    if last is None:
-        return "\n".join([*lines, present_text(comparison, level=2)]).rstrip() + "\n"
-    body = text_of(comparison, level=1).splitlines()
-    return "\n".join([*lines, *body[2:]]).rstrip() + "\n"
+        return f"{head}The first release.\n{present_text(present_state(run_dir))}"
+    changes = text_of(compare_states(last, WORK, run_dir), titled=False)
+    return f"{head}Against {last}:\n\n{changes}"

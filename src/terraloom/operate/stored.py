@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from terraloom.errors import StateError
+from terraloom.origin import PINNED
 from terraloom.plan import SUFFIXES
 
 __all__ = [
-    "CAMPAIGN", "LOCK", "MILESTONES", "PROVENANCE", "WORK", "Recorded", "cache_folder",
+    "CAMPAIGN", "LOCK", "MILESTONES", "NEW", "PROVENANCE", "WORK", "Recorded", "cache_folder",
     "call_dvc", "check_objects", "files_of", "git", "locked_outs", "md5_of", "object_path",
-    "open_state", "outs_at", "outs_of", "remotes", "tags_with_results", "unsaved", "where_else",
+    "open_state", "outs_at", "outs_of", "present_state", "remotes", "tags_with_results",
+    "unsaved", "where_else",
 ]  # fmt: skip
 
 #: Milestones in the order in which they are made.
@@ -33,6 +35,8 @@ CAMPAIGN = "campaign.yaml"
 LOCK = "dvc.lock"
 #: The files that lie in the folder now, not those of a commit.
 WORK = "WORK"
+#: Instead of an object: other bytes than those recorded.
+NEW = "new"
 _INDEXES = tuple(suffix for suffix in SUFFIXES if suffix != ".tif")
 _SHOWN = 5
 
@@ -174,19 +178,21 @@ def unsaved(run_dir: Path, out: str) -> list[str]:
         run_dir: Folder of the project.
         out: Path of the output, such as ``results/model``.
     """
-    root = run_dir / out
-    if not root.exists():
-        return []
+    here = _files_here(run_dir, out)
     cache, known = cache_folder(run_dir), set()
-    states = [locked for _, _, locked in tags_with_results(run_dir)]
-    if (run_dir / LOCK).exists():
-        states.append(locked_outs(run_dir))
-    for locked in states:
+    for locked in (*(outs for _, _, outs in tags_with_results(run_dir)), _locked_or_none(run_dir)):
         if out in locked:
             known |= set((files_of(cache, out, locked[out]) or {}).items())
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    named = ((p.relative_to(run_dir).as_posix(), p) for p in files)
-    return [name for name, p in named if (name, md5_of(p)) not in known]
+    return [name for name, md5 in here.items() if (name, md5) not in known]
+
+
+def _files_here(run_dir: Path, out: str) -> dict[str, str]:
+    files = sorted(p for p in (run_dir / out).rglob("*") if p.is_file())
+    return {p.relative_to(run_dir).as_posix(): md5_of(p) for p in files}
+
+
+def _locked_or_none(run_dir: Path) -> dict[str, str]:
+    return locked_outs(run_dir) if (run_dir / LOCK).exists() else {}
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class Recorded:
     Attributes:
         name: What it was asked for as: a tag, a commit, or WORK.
         folder: Folder that holds ``results/``.
-        outs: Object name of each output; empty for WORK where nothing is recorded.
+        outs: Object name of each output; of WORK :data:`NEW` where it is not as recorded.
     """
 
     name: str
@@ -207,6 +213,11 @@ class Recorded:
         """Content of a JSON file below ``results/``; None where the state has none."""
         file = self.folder / "results" / path
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def content(self, milestone: str) -> str | None:
+        """What stands for the bytes of a milestone: those of a pinned model are its release's."""
+        pinned = self.json(f"{milestone}/{PINNED}")
+        return str(pinned["object"]) if pinned else self.outs.get(f"results/{milestone}")
 
     @property
     def campaign(self) -> dict[str, Any] | None:
@@ -230,30 +241,36 @@ def open_state(run_dir: Path, name: str, into: Path) -> Recorded:
         StateError: No such tag or commit, it has no results, or the cache lacks some of them.
     """
     if name == WORK:
-        here = run_dir / LOCK
-        return Recorded(name, run_dir, locked_outs(run_dir) if here.exists() else {})
+        return present_state(run_dir)
     outs = outs_at(run_dir, name)
     cache = cache_folder(run_dir)
-    absent = []
-    for out, md5 in outs.items():
-        files = files_of(cache, out, md5)
-        if files is None:
-            absent.append(f"{out} (list of files {md5[:2]}/{md5[2:]})")
+    absent: list[str] = []
+    for path, digest in _objects(cache, outs, absent):
+        source, link = object_path(cache, digest), into / path
+        if not source.is_file():
+            absent.append(_object_of(path, digest))
             continue
-        for path, digest in files.items():
-            source, link = object_path(cache, digest), into / path
-            if not source.is_file():
-                absent.append(f"{path} ({digest[:2]}/{digest[2:]})")
-                continue
-            link.parent.mkdir(parents=True, exist_ok=True)
-            # GDAL looks for the tiles of an index beside what a link points to.
-            if link.name.endswith(_INDEXES):
-                shutil.copyfile(source, link)
-            else:
-                link.symlink_to(source.resolve())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        # GDAL looks for the tiles of an index beside what a link points to.
+        if link.name.endswith(_INDEXES):
+            shutil.copyfile(source, link)
+        else:
+            link.symlink_to(source.resolve())
     if absent:
         raise _lacking(run_dir, f"{name}: {cache}", absent)
     return Recorded(name, into, outs)
+
+
+def present_state(run_dir: Path) -> Recorded:
+    """The results that lie in the folder now; they are hashed, so this takes as long as they."""
+    locked, cache = _locked_or_none(run_dir), cache_folder(run_dir)
+    outs = {}
+    for out in (f"results/{m}" for m in MILESTONES):
+        here = _files_here(run_dir, out)
+        if here:
+            same = out in locked and files_of(cache, out, locked[out]) == here
+            outs[out] = locked[out] if same else NEW
+    return Recorded(WORK, run_dir, outs)
 
 
 def check_objects(run_dir: Path, outs: Mapping[str, str]) -> None:
@@ -266,19 +283,29 @@ def check_objects(run_dir: Path, outs: Mapping[str, str]) -> None:
     Raises:
         StateError: Names the objects and the remotes that may have them.
     """
-    cache, absent = cache_folder(run_dir), []
+    cache = cache_folder(run_dir)
+    absent: list[str] = []
+    for path, digest in _objects(cache, outs, absent):
+        here = run_dir / path
+        if not object_path(cache, digest).is_file() and not (
+            here.is_file() and md5_of(here) == digest
+        ):
+            absent.append(_object_of(path, digest))
+    if absent:
+        raise _lacking(run_dir, str(cache), absent)
+
+
+def _objects(cache: Path, outs: Mapping[str, str], absent: list[str]) -> Iterator[tuple[str, str]]:
+    """Each file of outputs with its object; lists of files that the cache lacks go to absent."""
     for out, md5 in outs.items():
         files = files_of(cache, out, md5)
         if files is None:
-            absent.append(f"{out} (list of files {md5[:2]}/{md5[2:]})")
-            continue
-        for path, digest in files.items():
-            here = run_dir / path
-            if object_path(cache, digest).is_file() or (here.is_file() and md5_of(here) == digest):
-                continue
-            absent.append(f"{path} ({digest[:2]}/{digest[2:]})")
-    if absent:
-        raise _lacking(run_dir, str(cache), absent)
+            absent.append(_object_of(out, md5, "list of files "))
+        yield from (files or {}).items()
+
+
+def _object_of(path: str, md5: str, what: str = "") -> str:
+    return f"{path} ({what}{md5[:2]}/{md5[2:]})"
 
 
 def _lacking(run_dir: Path, where: str, absent: Sequence[str]) -> StateError:

@@ -23,7 +23,8 @@ import zarr
 from odc.geo.geobox import GeoBox
 from zarr.codecs import ZstdCodec
 
-from terraloom.io import zip_folder
+from terraloom.errors import StateError
+from terraloom.io import zip_folder, zip_store
 from terraloom.log import get_logger
 from terraloom.scratch import scratch_folder, staging
 
@@ -65,8 +66,8 @@ def open_arrays(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
-    except (zipfile.BadZipFile, FileNotFoundError, KeyError, ValueError) as err:
+        return zarr.open_group(zip_store(path), mode="r")
+    except (StateError, zipfile.BadZipFile, FileNotFoundError, KeyError, ValueError) as err:
         log.warning("%s cannot be read (%s) and is built anew", path, err)
         return None
 

@@ -10,8 +10,6 @@ has all its epochs.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 
 from terraloom.io import write_text
 from terraloom.log import get_logger
+from terraloom.tables import csv_text
 from terraloom.train.checkpoint import Progress
 
 __all__ = ["Live", "epoch_table"]
@@ -41,17 +40,15 @@ def epoch_table(
         The mean loss of each epoch, the last of which may be short; a cell without a number is
         empty.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("epoch", "step", "task", "loss", "score"))
+    rows = []
     for task, values in history.items():
         for epoch in range(math.ceil(len(values) / per_epoch)):
             start, stop = round(epoch * per_epoch), round((epoch + 1) * per_epoch)
             seen = [v for v in values[start:stop] if math.isfinite(v)]
             loss = f"{sum(seen) / len(seen):.6g}" if seen else ""
             score = f"{scores[epoch]:.6g}" if epoch < len(scores) else ""
-            writer.writerow((epoch + 1, min(stop, len(values)), task, loss, score))
-    return text.getvalue()
+            rows.append((epoch + 1, min(stop, len(values)), task, loss, score))
+    return csv_text(("epoch", "step", "task", "loss", "score"), rows)
 
 
 @dataclass

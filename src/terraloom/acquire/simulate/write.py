@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +52,7 @@ from terraloom.grid import coarsen, pad
 from terraloom.io import replace_folder, write_json, write_raster, write_text
 from terraloom.log import get_logger, progress
 from terraloom.scratch import prefix
+from terraloom.tables import csv_text
 
 __all__ = ["COLLECTIONS", "build_region"]
 
@@ -235,11 +234,8 @@ def _write_frame(region: _Region) -> None:
     degrees = set_precision(lonlat_box(region.aoi, inset_m=0.5), 1e-9)
     feature = {"type": "Feature", "properties": {"name": "aoi"}, "geometry": mapping(degrees)}
     write_json(region.root / "aoi.geojson", {"type": "FeatureCollection", "features": [feature]})
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["code", "name", "color"])
-    rows.writerows(zip(LEGEND.codes, LEGEND.names, LEGEND.colors, strict=True))
-    write_text(region.root / "classes.csv", text.getvalue())
+    rows = zip(LEGEND.codes, LEGEND.names, LEGEND.colors, strict=True)
+    write_text(region.root / "classes.csv", csv_text(("code", "name", "color"), rows))
     readme = _README.format(seed=region.sim.seed, collections=", ".join(COLLECTIONS))
     write_text(region.root / "README.txt", readme)
 
