@@ -342,3 +342,9 @@ def test_all_environments_use_the_lock() -> None:
               if line.startswith("    ")]  # fmt: skip
     assert all((ROOT / c).exists() for c in copied if c != "README.md"), copied
     assert "LOCK := envs/requirements.lock" in (ROOT / "Makefile").read_text()
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports them by name: two of one name stop the whole suite."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
