@@ -17,7 +17,7 @@ from terraloom.errors import StateError
 from terraloom.grid import geobox_record
 from terraloom.io import sha256, write_store
 from terraloom.train import fit as fitting
-from terraloom.train import run
+from terraloom.train import model_files, run
 from terraloom.train.checkpoint import Checkpoint, Progress
 from terraloom.train.fit import FitResult, fit_member, save_fit
 
@@ -136,9 +136,9 @@ def test_a_killed_member_of_a_campaign_goes_on(
         kill_after(m, 2)
         run.train_member(campaign, 0, 1)
     assert [p.name for p in run.WORK.iterdir()] == ["fold-0-member-1.safetensors"]
-    assert not run.member_files(0)
+    assert not model_files.member_files(0)
     run.train_member(campaign, 0, 1)
-    assert run.member_files(0) == [run.member_file(0, 1)]
+    assert model_files.member_files(0) == [run.member_file(0, 1)]
     left = [p.name for p in run.WORK.iterdir()]
     assert left == ["fold-0-member-1.csv"], "the state of a finished training is left"
     first = sha256(run.member_file(0, 1))

@@ -116,7 +116,12 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 def start(
     started: list[subprocess.Popen[bytes]], *words: str, cwd: Path | None = None, **env: str
 ) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(words, env=os.environ | env, cwd=cwd)
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(words, env=os.environ | env, cwd=cwd)
+    finally:
+        signal.signal(signal.SIGINT, before)
     started.append(process)
     return process
 
