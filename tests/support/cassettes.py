@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import requests
 import yaml
+from urllib3.response import HTTPResponse
 
 __all__ = ["DATA", "Recorded", "play", "recorded"]
 
@@ -54,7 +56,7 @@ class Recorded:
         # Recordings stop before the last page.
         answer = exact[0] if exact else {"status": {"code": 200}, "body": {"string": _EMPTY}}
         response.status_code = answer["status"]["code"]
-        response._content = answer["body"]["string"]
+        response.raw = HTTPResponse(io.BytesIO(answer["body"]["string"]), preload_content=False)
         response.url, response.request = str(request.url), request
         return response
 
