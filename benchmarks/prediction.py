@@ -1,14 +1,16 @@
 """Prediction: throughput beside the pure forward pass, and memory beside the size of the raster.
 
 Usage: python benchmarks/prediction.py [--large] [--device cuda] [--threads N] [--members M]
+           [--width 12] [--plain]
 
 Simulated cubes (10 bands of Sentinel-2), networks of the default size with random weights; needs no
 run. The job of `terraloom predict-tiles` (cubes from disk in, predicted tiles on disk out) is timed
 beside the forward passes alone, of the same networks on inputs in memory, in the windows that
 are fastest for them: all threads in one window, and a window per thread. These have the networks
 and their softmax alone, not the features of the area of applicability, of which the job makes a
-layer. With --large memory is measured to 16128 px instead of 8064 (multiples of the 48 px lattice
-next to 16384 and 8192).
+layer; with --plain the job makes none of it, and no conformal sets. --width is that of the
+networks: their cost grows with its square, that of all else does not. With --large memory is
+measured to 16128 px instead of 8064 (multiples of the 48 px lattice next to 16384 and 8192).
 """
 
 from __future__ import annotations
@@ -131,7 +133,10 @@ def throughput(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         campaign, grid = build(Path(name), args.size, args.tile, device=args.device,
                                threads=args.threads, window_px=args.window)  # fmt: skip
-        random_ensemble(campaign, grid, args.members, width=12)
+        if args.plain:
+            none = campaign.uncertainty.model_copy(update={"sets": False, "applicability": False})
+            campaign = campaign.model_copy(update={"uncertainty": none})
+        random_ensemble(campaign, grid, args.members, width=args.width)
         ensemble = Ensemble.load(campaign=campaign)
         reader = CubeReader(Path("work/cube"), grid)
         window = min(args.window, fitting_window_px(campaign, ensemble))
@@ -164,7 +169,8 @@ def throughput(args: argparse.Namespace) -> None:
                 shares.append(speed["network_share"])
         os.chdir(HERE)
         print(f"region {args.size} px, tiles {args.tile} px, windows {window} px, halo "
-              f"{ensemble.halo_px} px, {args.members} members, {args.threads} threads, "
+              f"{ensemble.halo_px} px, {args.members} members of width {args.width}, "
+              f"{args.threads} threads, "
               f"{ensemble.device}")  # fmt: skip
         report((own, 1, workers), rates, computed, delivered, shares)
 
@@ -210,6 +216,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--width", type=int, default=12)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--size", type=int, default=4608)
     parser.add_argument("--tile", type=int, default=1536)
     parser.add_argument("--window", type=int, default=768)

@@ -84,7 +84,7 @@ def _random_reference(folder: Path, grid: CampaignGrid, members: int) -> None:
     for name in names:
         net, _ = load_member(folder / f"{name}.safetensors")
         features = cell_means(net.predict(inputs, describe=True)[FEATURES][0].numpy())
-        spaces.append(fit_space(features[::37]))
+        spaces.append(fit_space(features[::9]))  # 256 points, as training keeps
     write_applicability(folder, Applicability(tuple(spaces), 0.4), names, np.array([0.2, 0.4]))
 
 
