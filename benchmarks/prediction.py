@@ -9,8 +9,12 @@ beside the forward passes alone, of the same networks on inputs in memory, in th
 are fastest for them: all threads in one window, and a window per thread. These have the networks
 and their softmax alone, not the features of the area of applicability, of which the job makes a
 layer; with --plain the job makes none of it, and no conformal sets. --width is that of the
-networks: their cost grows with its square, that of all else does not. With --large memory is
-measured to 16128 px instead of 8064 (multiples of the 48 px lattice next to 16384 and 8192).
+networks: their cost grows with its square, that of all else does not. 24 is the size of those that
+the peers were measured with (0.55 million parameters), who take 2.3-2.5 times as long as eager
+forward passes of 4 x 256 px in the default layout alone, which are timed as well.
+
+With --large memory is measured to 16128 px instead of 8064 (multiples of the 48 px lattice next to
+16384 and 8192).
 """
 
 from __future__ import annotations
@@ -42,8 +46,10 @@ from terraloom.config.campaign import Campaign
 from terraloom.config.load import parse_campaign
 from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, write_json, write_store
+from terraloom.models.mapnet import MapNet
+from terraloom.models.registry import load_member
 from terraloom.predict.engine import fitting_window_px, predict_batch
-from terraloom.predict.ensemble import Ensemble, workers_of
+from terraloom.predict.ensemble import Ensemble, member_files, workers_of
 from terraloom.predict.reader import CubeReader
 
 #: The script, and where it was started: regions are made, and become current, elsewhere.
@@ -56,8 +62,10 @@ FORWARD = ((240, 1), (288, 4), (480, 1), (864, 1), (1152, 1), (1632, 1))
 FORWARD_CUDA = ((288, 16), (864, 1), (864, 4), (1632, 1), (2400, 1))
 #: Side of an input (pixels), how many at once, and how many such side by side.
 Key = tuple[int, int, int]
-#: Peers in perf.md: their whole time over the time of the same forward passes.
-PEERS = "2.3-2.5 x the time of their forward passes (ratio .40-.43), with seams of .5-.7 logits"
+#: Whole time of the fastest of the peers over that of eager forward passes of the same network.
+PEERS = 2.31
+#: Windows of these: how many at once, and their side (pixels).
+EAGER = (4, 256)
 
 
 def build(
@@ -128,6 +136,26 @@ def forward(ensemble: Ensemble, x: dict[str, Any], workers: int, threads: int) -
         return time.perf_counter() - start
 
 
+def eager_nets() -> list[MapNet]:
+    """The same networks in the default layout, nothing folded."""
+    nets = [load_member(f)[0] for f in member_files()]
+    return [net.to(memory_format=torch.contiguous_format) for net in nets]
+
+
+def eager(nets: list[MapNet], x: dict[str, Any], threads: int) -> float:
+    """Mpx/s of their forward passes alone, as a script does them that knows of no other way."""
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        n, side = EAGER
+        given = [{f: t.contiguous() for f, t in net.prepare(
+            {g: torch.from_numpy(np.stack([v] * n)) for g, v in x.items()}).items()}
+            for net in nets]  # fmt: skip
+        start = time.perf_counter()
+        for net, prepared in zip(nets, given, strict=True):
+            net.forward_prepared(prepared)
+        return n * side**2 / 1e6 / (time.perf_counter() - start)
+
+
 def throughput(args: argparse.Namespace) -> None:
     """Print Mpx/s of jobs and of the forward passes alone, and their ratios."""
     with tempfile.TemporaryDirectory() as name:
@@ -150,12 +178,16 @@ def throughput(args: argparse.Namespace) -> None:
             one = reader.window(0, 0, side, side)
             inputs[side, n] = {g: np.stack([x] * n) for g, x in one.items()}
         rates: dict[Key, list[float]] = {k: [] for k in keys}
+        nets = eager_nets() if ensemble.device.type == "cpu" else []
+        floors: list[float] = []
+        corner = reader.window(0, 0, EAGER[1], EAGER[1])
         computed, delivered, shares = [], [], []
         for turn in range(args.rounds + 1):  # the first warms up
             for side, n, w in keys:
                 seconds = forward(ensemble, inputs[side, n], w, args.threads)
                 if turn:
                     rates[side, n, w].append(w * n * side**2 / 1e6 / seconds)
+            floor = eager(nets, corner, args.threads) if nets else 0.0
             clear()
             start = time.perf_counter()
             predict_batch(campaign, grid, "b0000")
@@ -167,12 +199,18 @@ def throughput(args: argparse.Namespace) -> None:
                 computed.append(done / seconds)
                 delivered.append(args.size**2 / 1e6 / seconds)
                 shares.append(speed["network_share"])
+                floors.append(floor)
         os.chdir(HERE)
         print(f"region {args.size} px, tiles {args.tile} px, windows {window} px, halo "
               f"{ensemble.halo_px} px, {args.members} members of width {args.width}, "
               f"{args.threads} threads, "
               f"{ensemble.device}")  # fmt: skip
         report((own, 1, workers), rates, computed, delivered, shares)
+        if nets:
+            ratio = statistics.median(v / f for v, f in zip(delivered, floors, strict=True))
+            floor = statistics.median(floors)
+            print(f"eager forward alone, {EAGER[0]} x {EAGER[1]} px: {floor:.3f} Mpx/s")
+            print(f"delivered / it: {ratio:.3f}, {PEERS * ratio:.2f} x as fast as the fastest peer")
 
 
 def report(
@@ -196,7 +234,6 @@ def report(
         for label, values in (("computed", computed), ("delivered", delivered)):
             ratio = statistics.median(v / r for v, r in zip(values, rates[key], strict=True))
             print(f"{label} / forward in {what} ({key[2]} x {key[1]} x {key[0]} px): {ratio:.3f}")
-    print(f"peers: {PEERS}")
 
 
 def memory(size_px: int) -> None:
