@@ -2,13 +2,15 @@
 
     python benchmarks/dry_run.py [--tiles 1024 10000] [--repeats 1] [--finished]
 
-Tiles have the default size and number per job. With ``--finished`` each run is given stand-ins of
-all files first, and a second line says what it costs to find that nothing is to be done.
+Tiles have the default size, and are packed into jobs as `auto` does. With ``--finished`` each run
+is given stand-ins of all files first, and a second line says what it costs to find that nothing
+is to be done.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 #: Side of a tile of the default size, metres.
@@ -25,18 +28,28 @@ TILE_M = 3840
 CORNER = (300000, 4320000)
 
 
-def run(folder: str, tiles: int, *words: str) -> tuple[float, float, float, str]:
-    """Seconds, CPU seconds, peak MB and output of Snakemake, for a square of so many tiles."""
+def overrides(tiles: int, per_job: int | str = "auto") -> dict[str, Any]:
+    """Campaign of a square of so many tiles."""
     side = round(tiles**0.5)
     west, south = CORNER
     box = [west, south, west + side * TILE_M, south + side * TILE_M]
+    return {
+        "campaign": "config/campaigns/havel.yaml",
+        "aoi": {"bbox": box, "crs": "EPSG:32633"},
+        "grid": {"crs": "EPSG:32633", "tile_px": 384, "tiles_per_job": per_job},
+    }
+
+
+def run(
+    folder: str, tiles: int, *words: str, per_job: int | str = "auto"
+) -> tuple[float, float, float, str]:
+    """Seconds, CPU seconds, peak MB and output of Snakemake, for a square of so many tiles."""
+    keys = overrides(tiles, per_job)
     command = [
         sys.executable, "-m", "snakemake", *words,
         "--snakefile", str(PROJECT / "workflow/Snakefile"),
         "--workflow-profile", str(PROJECT / "workflow/profiles/default"), "--directory", folder,
-        "--config", "campaign=config/campaigns/havel.yaml",
-        f"aoi={{bbox: {box}, crs: 'EPSG:32633'}}",
-        "grid={crs: 'EPSG:32633', tile_px: 384, tiles_per_job: 8}",
+        "--config", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in keys.items()),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as out:
         start = time.monotonic()

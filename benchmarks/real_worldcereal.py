@@ -35,7 +35,7 @@ from terraloom.models.heads import TaskSpec
 from terraloom.plan import Plan
 from terraloom.preprocess.audit import audit_scenes
 from terraloom.preprocess.build import build_batch
-from terraloom.preprocess.cube import channel_names, cube_inputs
+from terraloom.preprocess.channels import channel_names, cube_inputs
 from terraloom.preprocess.masking import mask_part
 from terraloom.preprocess.shifts import measure_shifts
 from terraloom.preprocess.verify import verify_items

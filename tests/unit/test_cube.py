@@ -32,13 +32,12 @@ from terraloom.errors import SceneError
 from terraloom.grid import coarsen
 from terraloom.io import sha256, write_raster
 from terraloom.preprocess import stack
+from terraloom.preprocess.channels import channel_names, cube_inputs
 from terraloom.preprocess.coregister import Shift
 from terraloom.preprocess.cube import (
     MASK_OUTSIDE,
     Scene,
     build_tile,
-    channel_names,
-    cube_inputs,
     mask_on,
 )
 from terraloom.preprocess.harmonise import c_factor

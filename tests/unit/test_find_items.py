@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.cassettes import play, recorded
-from terraloom.acquire import catalogue
+from terraloom.acquire import catalogue, retry
 from terraloom.acquire.catalogue import UNREADABLE, Query, find_items
 from terraloom.acquire.records import item_record
 from terraloom.acquire.sources import load_source
@@ -284,7 +284,7 @@ def _serve() -> Iterator[_Api]:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Api]:
-    monkeypatch.setattr(catalogue, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
     with _serve() as api:
         api.features = [{**_item("a"), "collection": "c"}]
         yield api
@@ -298,7 +298,7 @@ def test_too_many_requests_waits_as_asked(api):
 
 
 def test_nobody_waits_for_hours(api, monkeypatch):
-    monkeypatch.setattr(catalogue, "WAIT_S", 0.05)
+    monkeypatch.setattr(retry, "WAIT_S", 0.05)
     api.turns = [lambda h: h.answer({}, 503, Retry_After="86400") or True]
     start = time.monotonic()
     assert len(find_items(_query(api.url, "c"))) == 1
@@ -325,7 +325,7 @@ def test_a_refusal_is_final_and_says_so(api):
 
 
 def test_a_silent_server_does_not_hold_up_the_search(api, monkeypatch):
-    monkeypatch.setattr(catalogue, "RETRIES", 1)
+    monkeypatch.setattr(retry, "RETRIES", 1)
     api.turns = [lambda h: time.sleep(1.5) or True] * 2
     start = time.monotonic()
     with pytest.raises(SceneError, match="cannot be reached"):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from terraloom import io
 from terraloom.acquire import catalogue, fetch
-from terraloom.acquire.catalogue import safe_href
 from terraloom.acquire.hosts import is_inside, may_lead_to
+from terraloom.acquire.hrefs import guard_link, safe_href
 from terraloom.errors import SceneError, StateError
 
 PUBLIC = "https://archive.example.org/stac/catalog.json"
@@ -36,7 +36,7 @@ INSIDE = [
 @pytest.mark.parametrize("url", INSIDE)
 def test_hosts_inside_are_refused_to_those_outside(url: str) -> None:
     assert is_inside(url)
-    for check in (may_lead_to, safe_href, catalogue._guard):
+    for check in (may_lead_to, safe_href, guard_link):
         with pytest.raises(SceneError, match="private network"):
             check(url, PUBLIC)
     may_lead_to(url, "resources/own/catalog.json")

@@ -270,6 +270,48 @@ def test_packages_import_nothing_heavy() -> None:
             assert not {n.split(".")[0] for n in names} & heavy, name_of(path)
 
 
+#: What the jobs of tiles do without: hundreds of them start, and each module costs them time.
+WITHOUT = {
+    "preprocess.build": "torch xarray pandas scipy.interpolate scipy.optimize scipy.stats",
+    "predict.tile_products": "torch scipy safetensors",
+    "predict.engine": "scipy xarray pandas rasterio onnxruntime",
+}
+FOR_NONE = "pystac pystac_client requests sklearn matplotlib geopandas dask"
+
+
+def at_import(path: Path) -> set[str]:
+    """Modules that a file imports when it is imported itself; not those of its functions."""
+    found, todo = set[str](), list[ast.stmt](tree_of(path).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+        elif not isinstance(node, ast.FunctionDef):
+            todo += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+    return found
+
+
+@pytest.mark.parametrize("module", WITHOUT)
+def test_jobs_of_tiles_import_what_they_need(module: str) -> None:
+    files = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in SOURCES}
+    heavy = [*WITHOUT[module].split(), *FOR_NONE.split()]
+    chains, wrong = {module: module}, []
+    for here in (todo := [module]):
+        for name in at_import(files[here]):
+            inner = name.removeprefix("terraloom.")
+            if inner != name and inner in files and inner not in chains:
+                chains[inner] = f"{chains[here]} > {inner}"
+                todo.append(inner)
+            if any(name == h or name.startswith(f"{h}.") for h in heavy):
+                wrong.append(f"{chains[here]} imports {name}")
+    assert not wrong
+    assert len(chains) > 10
+
+
 # --- environments --------------------------------------------------------------------------------
 
 

@@ -29,11 +29,10 @@ from terraloom.errors import ConfigError, SceneError
 from terraloom.grid import coarsen
 from terraloom.io import sha256
 from terraloom.preprocess import layering
+from terraloom.preprocess.channels import channel_names, cube_inputs
 from terraloom.preprocess.coregister import Shift
 from terraloom.preprocess.cube import (
     Scene,
-    channel_names,
-    cube_inputs,
 )
 from terraloom.preprocess.reasons import Reason
 

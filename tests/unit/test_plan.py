@@ -81,7 +81,7 @@ def test_tiles_are_packed_into_jobs() -> None:
     assert plan(grid={"tiles_per_job": "auto"}).batch_names == ["b0000"]
     large = {"bbox": [300000, 5600040, 684000, 5984040]}
     many = plan(aoi=large, grid={"tiles_per_job": "auto"})
-    assert len(many.grid.tiles()) == 10_000 and len(many.batch_names) == 250
+    assert len(many.grid.tiles()) == 10_000 and len(many.batch_names) == 50
     assert plan(scenes={"jobs": 3}).part_names == ["p000", "p001", "p002"]
 
 

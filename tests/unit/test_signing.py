@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from terraloom.acquire import catalogue, signing
+from terraloom.acquire import retry, signing
 from terraloom.acquire.signing import PlanetaryComputer, hide_signature, signed_href, signers
 from terraloom.errors import ConfigError, SceneError
 
@@ -33,7 +33,7 @@ class _Service:
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Service]:
-    monkeypatch.setattr(catalogue, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
     monkeypatch.delenv("PC_SDK_SUBSCRIPTION_KEY", raising=False)
     made = _Service()
 

@@ -45,7 +45,7 @@ def test_order_of_variables_does_not_depend_on_the_hash_seed(tmp_path: Path) -> 
     build(tmp_path, [optical(tmp_path, "2023-04-01", dict.fromkeys(BANDS, 3000))])
     code = (
         "import sys, xarray as xr, zarr; from pathlib import Path;"
-        "from terraloom.io import read_store; from terraloom.preprocess.cube import *;"
+        "from terraloom.io import read_store; from terraloom.preprocess.channels import *;"
         "p = Path(sys.argv[1]); ds = read_store(p);"
         "print(list(xr.open_zarr(zarr.storage.ZipStore(p)).variables),"
         "list(channel_names(ds).items()), list(cube_inputs(ds)))"

@@ -13,7 +13,7 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry import box, mapping
 
 from support.stac_server import serve_stac
-from terraloom.acquire import catalogue
+from terraloom.acquire import retry
 from terraloom.acquire.assets import read_band, verify_item
 from terraloom.acquire.lock import lock_items
 from terraloom.aoi import campaign_grid, to_crs
@@ -137,7 +137,7 @@ def test_search_lock_and_partial_reads(files):
 
 
 def test_a_busy_server_is_asked_again(files, monkeypatch):
-    monkeypatch.setattr(catalogue, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_S", 0.01)
     with serve_stac(_items(), files, page=100) as server:
         server.fail_next = 2
         campaign = _campaign(server.stac)
@@ -145,7 +145,7 @@ def test_a_busy_server_is_asked_again(files, monkeypatch):
         assert server.count(503) == 2
 
         server.fail_next = 100
-        monkeypatch.setattr(catalogue, "RETRIES", 1)
+        monkeypatch.setattr(retry, "RETRIES", 1)
         with pytest.raises(SceneError, match="cannot be reached"):
             lock_items(campaign, campaign_grid(campaign))
         assert server.count(503) == 4

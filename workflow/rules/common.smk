@@ -5,8 +5,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from terraloom.acquire.lock import LOCK_KEYS
-from terraloom.acquire.locked import ItemLock
+from terraloom.acquire.locked import LOCK_KEYS, ItemLock
 from terraloom.errors import TerraloomError
 from terraloom.io import digest_json
 from terraloom.operate.record import begin_run, end_run, other_run
@@ -128,13 +127,20 @@ def keys(*dotted):
     return PLAN.keys(*dotted)
 
 
-def growing(base, ceiling):
-    """A resource that grows on a retry, up to a ceiling among the default resources of a profile:
-    a cluster lets a job that asks for more than its largest node wait for ever.
+def growing(base, ceiling, per_tile=0):
+    """A resource that grows on a retry, and with the tiles of a job, up to a ceiling among the
+    default resources of a profile: a cluster lets a job that asks for more than its largest node
+    wait for ever.
     """
     given = workflow.resource_settings.default_resources or {}
     limit = given[ceiling].raw if ceiling in given else None
-    return lambda wildcards, attempt: min(base * attempt, int(limit or base * attempt))
+
+    def asked(wildcards, attempt):
+        tiles = len(PLAN.batches[wildcards.batch]) if per_tile else 0
+        wanted = (base + per_tile * tiles) * attempt
+        return min(wanted, int(limit or wanted))
+
+    return asked
 
 
 def mem_mb(base):
@@ -142,9 +148,9 @@ def mem_mb(base):
     return growing(base, "max_mem_mb")
 
 
-def minutes(base):
-    """Run time that grows on a retry, in minutes."""
-    return growing(base, "max_runtime")
+def minutes(base, per_tile=0):
+    """Run time that grows on a retry, in minutes: of a job, and of each of its tiles."""
+    return growing(base, "max_runtime", per_tile)
 
 
 def retries(count):

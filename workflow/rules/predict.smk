@@ -48,7 +48,7 @@ rule predict_tiles:
     threads: CAMPAIGN.predict.threads
     resources:
         mem_mb=mem_mb(3000),
-        runtime=minutes(240),
+        runtime=minutes(120, per_tile=2),
     params:
         config=keys(
             "aoi",
@@ -86,7 +86,7 @@ if CAMPAIGN.products.layout == "tiles":
         threads: 1
         resources:
             mem_mb=mem_mb(2000),
-            runtime=minutes(120),
+            runtime=minutes(60, per_tile=1),
         params:
             config=PLAN.map_digest,
             code=code_digest("predict.tile_products"),

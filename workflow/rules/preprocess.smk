@@ -126,7 +126,7 @@ rule build_cube:
     threads: 2
     resources:
         mem_mb=mem_mb(2000),
-        runtime=minutes(120),
+        runtime=minutes(60, per_tile=2),
     params:
         stamp=cube_stamp,
         code=code_digest("preprocess.build"),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os.path
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import pystac
 import requests
@@ -26,26 +24,22 @@ from pystac_client import Client, ConformanceClasses
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 from pystac_client.warnings import PystacClientWarning
-from urllib3.util import Retry
 
+from terraloom.acquire import retry
 from terraloom.acquire.filters import check_filter, matches_filter
 from terraloom.acquire.hosts import may_lead_to
+from terraloom.acquire.hrefs import SCHEME, UNSAFE, absolute_path, guard_link, is_url
 from terraloom.errors import SceneError
 from terraloom.log import get_logger
 
 __all__ = [
-    "UNREADABLE", "Query", "find_items", "is_s3", "is_url", "retry_policy", "safe_href", "safe_id",
+    "UNREADABLE", "Query", "find_items",
 ]  # fmt: skip
 
 log = get_logger(__name__)
 
 #: Seconds to wait for a connection, and for each piece of an answer.
 TIMEOUT_S = (20.0, 60.0)
-#: Attempts after a failed request; waits grow as BACKOFF_S * 2^n seconds.
-RETRIES = 4
-BACKOFF_S = 0.5
-#: A server that asks to wait longer (Retry-After) is asked again after this many seconds.
-WAIT_S = 120.0
 #: The largest document of a catalogue that is read, bytes.
 DOCUMENT_BYTES = 256 << 20
 #: Items asked for in one page.
@@ -56,10 +50,6 @@ UNREADABLE = "terraloom:unreadable"
 
 #: Items in a row that were seen before; paging that comes to this does not end.
 _LOST_ITEMS = 1000
-_ID_BYTES = 180
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
-_S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^?#\\\s]+")
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True)
@@ -92,149 +82,18 @@ class Query:
         )
 
 
-def is_url(href: str) -> bool:
-    """Whether an address is http(s)."""
-    return href.lower().startswith(("http://", "https://"))
-
-
-def is_s3(href: str) -> bool:
-    """Whether an address is ``s3://bucket/key``."""
-    return _S3.fullmatch(href) is not None and ".." not in href.split("/")
-
-
-def safe_id(item_id: str) -> str:
-    """Item id as part of a file name.
-
-    Characters other than letters, digits, ``.``, ``_`` and ``-`` become ``_``.
-
-    Raises:
-        SceneError: The id holds path separators, could leave its folder, hide itself, or is empty
-            or too long.
-    """
-    if (
-        not item_id or ".." in item_id or re.search(r"[/\\]", item_id)
-        or item_id.startswith((".", "-"))
-    ):  # fmt: skip
-        raise SceneError(
-            f"item id {item_id!r} is not allowed",
-            where="catalogue",
-            allowed="ids without `..`, `/` and `\\` that do not start with `.` or `-`",
-            fix="report it to the catalogue's owner; no such item is read",
-        )
-    if len(item_id.encode()) > _ID_BYTES:
-        raise SceneError(
-            f"item id of {len(item_id.encode())} bytes: {item_id[:40]!r}...",
-            where="catalogue",
-            allowed=f"at most {_ID_BYTES} bytes",
-        )
-    return _UNSAFE.sub("_", item_id)
-
-
-def safe_href(href: str, catalogue: str, *, allow_local: bool = False) -> str:
-    """Address of an asset that may be read, or an error.
-
-    Args:
-        href: Absolute address from an item.
-        catalogue: Address of the catalogue the item came from.
-        allow_local: Any file of this machine may be named (``scenes.allow_local_files``).
-
-    Returns:
-        The URL, the ``s3://`` address, or the path relative to the working directory.
-
-    Raises:
-        SceneError: Neither http(s) nor s3 nor local; a local file or a host of a private network
-            named by a remote catalogue; a file outside the folder of a local catalogue; or a
-            virtual raster (which can name others).
-    """
-    allowed = "http(s) and s3 addresses" + (
-        "" if is_url(catalogue) else f", or files below {_root(catalogue)}"
-    )
-    path = urlsplit(href).path if is_url(href) else href
-    if path.lower().endswith((".vrt", ".xml")) or any(ord(c) < 32 for c in href):
-        raise SceneError(f"asset address {href!r} is not a raster file", allowed=allowed)
-    if is_url(href) or is_s3(href):
-        may_lead_to(href, catalogue)
-        return href
-    if href.lower().startswith("file://"):
-        href = unquote(urlsplit(href).path)
-    outside = is_url(catalogue) and not (allow_local and Path(href).is_absolute())
-    if outside or _SCHEME.match(href) or href.startswith("/vsi"):
-        raise SceneError(
-            f"asset address {href!r} is refused",
-            where=catalogue,
-            allowed=allowed,
-            fix="use a catalogue that serves its files over https, or download them behind a "
-            "catalogue of your own; scenes.allow_local_files lets a catalogue that you trust name "
-            "files of this machine",
-        )
-    # Compared as text: links inside the folder (DVC makes them) may point to a cache elsewhere.
-    root = _root(catalogue)
-    full = Path(_normal(href))
-    if not allow_local and not full.is_relative_to(root):
-        raise SceneError(
-            f"asset {href!r} leaves the catalogue",
-            where=catalogue,
-            allowed=allowed,
-            fix="put catalog.json above the files, or set scenes.allow_local_files",
-        )
-    return _relative(full)
-
-
-def _root(catalogue: str) -> Path:
-    return Path(_normal(catalogue)).parent
-
-
-def _normal(path: str | Path) -> str:
-    return os.path.normpath(Path.cwd() / path)
-
-
-def _relative(path: Path) -> str:
-    return Path(os.path.relpath(path, Path.cwd())).as_posix()
-
-
-def _guard(href: str, catalogue: str) -> None:
-    """Refuse a link that leads to a file outside the catalogue."""
-    if is_url(href):
-        return may_lead_to(href, catalogue)
-    inside = not is_url(catalogue) and not _SCHEME.match(href)
-    if not (inside and Path(_normal(href)).is_relative_to(_root(catalogue))):
-        raise SceneError(
-            f"link {href!r} leaves the catalogue",
-            where=catalogue,
-            fix="report it to the catalogue's owner",
-        )
-
-
-class _Retry(Retry):
-    """Waits as the server asks (Retry-After), but not for hours."""
-
-    def get_retry_after(self, response: Any) -> float | None:
-        wait = super().get_retry_after(response)
-        return None if wait is None else min(wait, WAIT_S)
-
-
-def retry_policy() -> Retry:
-    """Which requests are made again, and when: 429, server errors, broken connections."""
-    return _Retry(
-        total=RETRIES,
-        backoff_factor=BACKOFF_S,
-        status_forcelist=(429, 500, 502, 503, 504),
-        allowed_methods=None,
-    )
-
-
 class _ApiIO(StacApiIO):
     """Requests to an API, with time-outs and retries."""
 
     def __init__(self, catalogue: str, timeout_s: float | None = None) -> None:
         timeout = TIMEOUT_S if timeout_s is None else (min(timeout_s, TIMEOUT_S[0]), timeout_s)
-        super().__init__(timeout=timeout, max_retries=retry_policy())
+        super().__init__(timeout=timeout, max_retries=retry.retry_policy())
         self.catalogue = catalogue
         self.session.hooks["response"].append(self._check)
 
     def read_text(self, source: Any, *args: Any, **kwargs: Any) -> str:
         href = source.absolute_href if isinstance(source, pystac.Link) else str(source)
-        _guard(href, self.catalogue)
+        guard_link(href, self.catalogue)
         return super().read_text(source, *args, **kwargs)
 
     def _check(self, answer: requests.Response, **_: Any) -> None:
@@ -255,15 +114,15 @@ class _ApiIO(StacApiIO):
 
     def request(self, *args: Any, **kwargs: Any) -> str:
         """Ask once more where an answer breaks off: the policy of retries ends at its headers."""
-        for attempt in range(RETRIES + 1):
+        for attempt in range(retry.RETRIES + 1):
             try:
                 return super().request(*args, **kwargs)
             except APIError as err:
                 broken = isinstance(err.__context__, _BROKEN)
-                if not broken or attempt == RETRIES:
+                if not broken or attempt == retry.RETRIES:
                     raise
                 log.warning("the answer broke off (%s), asking again", _short(err))
-                time.sleep(BACKOFF_S * 2**attempt)
+                time.sleep(retry.BACKOFF_S * 2**attempt)
         raise APIError("no attempt was made")
 
 
@@ -283,7 +142,7 @@ class _StaticIO(DefaultStacIO):
         self.http = _ApiIO(catalogue, timeout_s)
 
     def read_text_from_href(self, href: str) -> str:
-        _guard(href, self.catalogue)
+        guard_link(href, self.catalogue)
         return self.http.request(href) if is_url(href) else Path(href).read_text(encoding="utf-8")
 
 
@@ -311,7 +170,7 @@ def find_items(query: Query) -> list[dict[str, Any]]:
             f"the catalogue cannot be reached ({_short(err)})",
             where=str(query),
             fix="check the address and the network, or try again later; "
-            f"{RETRIES} retries were made",
+            f"{retry.RETRIES} retries were made",
         ) from err
     except (pystac.STACError, ValueError, KeyError, TypeError, AttributeError) as err:
         if isinstance(err.__cause__, SceneError):  # pystac wraps what its reader raises
@@ -345,7 +204,7 @@ def _found(query: Query) -> Iterator[dict[str, Any]]:
         check_filter(query.filter)
     if client is None:
         files = _StaticIO(query.catalogue, query.timeout_s)
-        root = _normal(query.catalogue) if not is_url(query.catalogue) else query.catalogue
+        root = absolute_path(query.catalogue) if not is_url(query.catalogue) else query.catalogue
         yield from _kept(_walk(pystac.Catalog.from_file(root, stac_io=files), query), query)
     else:
         yield from _kept(_walk(client, query), query)
@@ -419,7 +278,7 @@ def _absolute(item: Any, catalogue: str, number: int) -> dict[str, Any]:
         return _unreadable(made["id"], "its assets are no table")
     for asset in assets.values():
         href = asset.get("href") if isinstance(asset, dict) else None
-        if isinstance(href, str) and not _SCHEME.match(href):
+        if isinstance(href, str) and not SCHEME.match(href):
             asset["href"] = urljoin(base, href)
     return made
 
@@ -472,7 +331,7 @@ def _item(folder: pystac.Catalog, link: pystac.Link) -> dict[str, Any]:
 
 def _stem(href: str) -> str:
     """Name for an item that could not tell its own: that of its file."""
-    return _UNSAFE.sub("_", Path(urlsplit(href).path).stem).strip("._-") or "item"
+    return UNSAFE.sub("_", Path(urlsplit(href).path).stem).strip("._-") or "item"
 
 
 def _collections(catalogue: pystac.Catalog, name: str) -> Iterator[pystac.Catalog]:

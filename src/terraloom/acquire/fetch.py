@@ -26,8 +26,9 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from terraloom.acquire.catalogue import BACKOFF_S, RETRIES, WAIT_S, is_s3, is_url
 from terraloom.acquire.hosts import may_lead_to
+from terraloom.acquire.hrefs import is_s3, is_url
+from terraloom.acquire.retry import BACKOFF_S, RETRIES, WAIT_S
 from terraloom.acquire.s3 import learn_region, s3_request
 from terraloom.acquire.signing import hide_signature, signed_href
 from terraloom.errors import SceneError

@@ -20,9 +20,9 @@ from odc.geo.geobox import GeoBox
 from pydantic import ValidationError
 from rasterio.crs import CRS
 
-from terraloom.acquire.catalogue import safe_id
 from terraloom.acquire.fileitems import LocalItem, local_items
 from terraloom.acquire.filespec import BandSpec, LayerSpec, LocalSource, read_spec
+from terraloom.acquire.hrefs import safe_id
 from terraloom.acquire.planes import Plane, plane_strips
 from terraloom.acquire.sources import SourceTable
 from terraloom.acquire.static import AssetRecord, ItemRecord, write_catalogue

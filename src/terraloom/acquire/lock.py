@@ -15,7 +15,9 @@ from typing import Any
 from shapely.errors import GEOSException
 from shapely.geometry.base import BaseGeometry
 
-from terraloom.acquire.catalogue import Query, find_items, safe_id
+from terraloom.acquire.catalogue import Query, find_items
+from terraloom.acquire.hrefs import safe_id
+from terraloom.acquire.locked import LOCK_KEYS
 from terraloom.acquire.records import item_baseline, item_footprint, item_record, item_time
 from terraloom.acquire.sources import Provider, SourceTable, load_source
 from terraloom.aoi import to_crs
@@ -27,7 +29,6 @@ from terraloom.log import get_logger
 from terraloom.plan import campaign_values
 
 __all__ = [
-    "LOCK_KEYS",
     "NO_RECORD",
     "TWIN_OVERLAP",
     "TWIN_SECONDS",
@@ -37,12 +38,6 @@ __all__ = [
 ]
 
 log = get_logger(__name__)
-
-#: Keys of the campaign that decide what the lock holds.
-LOCK_KEYS = (
-    "name", "aoi", "archive", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item",
-    "scenes.allow_local_files", "scenes.exclude",
-)  # fmt: skip
 
 #: Two items are one acquisition processed twice when they are this close in time (seconds) ...
 TWIN_SECONDS = 60

@@ -24,8 +24,13 @@ from terraloom.config.campaign import Campaign
 from terraloom.grid import Tile
 from terraloom.io import digest_json
 
-__all__ = ["ItemLock"]
+__all__ = ["LOCK_KEYS", "ItemLock"]
 
+#: Keys of the campaign that decide what the lock holds.
+LOCK_KEYS = (
+    "name", "aoi", "archive", "grid.crs", "sources", "cube.periods", "scenes.on_bad_item",
+    "scenes.allow_local_files", "scenes.exclude",
+)  # fmt: skip
 #: Outlines are true to about this, and shifts reach beyond a tile, metres.
 _REACH_M = 300.0
 

@@ -20,7 +20,8 @@ from pystac.utils import str_to_datetime
 from shapely import to_wkt
 from shapely.geometry.base import BaseGeometry
 
-from terraloom.acquire.catalogue import UNREADABLE, safe_href, safe_id
+from terraloom.acquire.catalogue import UNREADABLE
+from terraloom.acquire.hrefs import safe_href, safe_id
 from terraloom.acquire.outlines import outline
 from terraloom.acquire.sources import BandTable, LayerTable, SourceTable
 from terraloom.acquire.sun import sun_position

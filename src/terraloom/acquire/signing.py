@@ -18,11 +18,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from urllib.parse import urlsplit
 
-import requests
-from pystac.utils import str_to_datetime
-from requests.adapters import HTTPAdapter
-
-from terraloom.acquire.catalogue import retry_policy
+from terraloom.acquire.retry import retry_policy
 from terraloom.errors import ConfigError, SceneError
 
 __all__ = ["GROUP", "PlanetaryComputer", "hide_signature", "signed_href", "signers"]
@@ -154,6 +150,9 @@ class PlanetaryComputer:
             return slot.token.text
 
     def _ask(self, account: str, container: str) -> _Token:
+        import requests  # most archives need no token
+        from requests.adapters import HTTPAdapter
+
         where = f"{self.url}/{account}/{container}"
         headers = {"Ocp-Apim-Subscription-Key": self.key} if self.key else {}
         try:
@@ -174,5 +173,5 @@ class PlanetaryComputer:
 
 
 def _when(text: str) -> datetime:
-    time = str_to_datetime(text)
+    time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)

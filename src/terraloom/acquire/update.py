@@ -9,13 +9,13 @@ from typing import Any
 from shapely import from_wkt
 
 from terraloom.acquire.lock import (
-    LOCK_KEYS,
     NO_RECORD,
     TWIN_OVERLAP,
     TWIN_SECONDS,
     keys_digest,
     lock_items,
 )
+from terraloom.acquire.locked import LOCK_KEYS
 from terraloom.config.campaign import Campaign
 from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid

@@ -74,7 +74,7 @@ class Grid(Section):
     tiles_per_job: Annotated[int, Field(ge=1, le=1000)] | Literal["auto"] = Field(
         "auto",
         description="Tiles packed into one job (count); `auto` takes 8, and more where that would "
-        "make more than 250 jobs per stage.",
+        "make more than 50 jobs per stage.",
     )
 
 

@@ -31,7 +31,7 @@ from terraloom.labels.spool import Spool
 from terraloom.labels.time import weigh_chips
 from terraloom.legend import IGNORE_INDEX
 from terraloom.log import get_logger
-from terraloom.preprocess.cube import channel_names, cube_inputs
+from terraloom.preprocess.channels import channel_names, cube_inputs
 from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import INVALID, Reason
 

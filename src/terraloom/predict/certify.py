@@ -21,8 +21,9 @@ from terraloom.errors import ModelError, StateError
 from terraloom.grid import CampaignGrid
 from terraloom.io import write_json
 from terraloom.log import get_logger
+from terraloom.plan import CUBES
 from terraloom.predict.calibration import calibrated_parts
-from terraloom.predict.engine import CUBES, load_ensemble
+from terraloom.predict.engine import load_ensemble
 from terraloom.predict.ensemble import Ensemble
 from terraloom.predict.reader import CubeReader
 from terraloom.predict.views import F32, predict_views

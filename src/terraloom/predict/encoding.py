@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 __all__ = [
     "APPLICABILITY_NODATA", "APPLICABILITY_SCALES", "MOST_IN_MASK", "PROBABILITY_CODES",
-    "SET_NODATA", "ProbabilityCode", "encode_sets", "set_dtype",
+    "REGRESSION_NODATA", "SET_NODATA", "ProbabilityCode", "encode_sets", "set_dtype",
 ]  # fmt: skip
 
 #: Classes that have a bit of their own in a set (count); of more only the size is published.
@@ -18,6 +18,7 @@ MOST_IN_MASK = 32
 #: No set is empty: the most probable class is in it.
 SET_NODATA = 0
 APPLICABILITY_NODATA = 65535
+REGRESSION_NODATA = -9999.0
 #: Value of one step of ``dissimilarity``, ``density`` (count) and ``inside``.
 APPLICABILITY_SCALES = (1e-3, 0.1, 1.0)
 

@@ -20,9 +20,8 @@ import numpy.typing as npt
 import torch
 
 from terraloom.config.campaign import Campaign
-from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid, Tile, row_areas_m2
-from terraloom.io import digest_json, read_json, read_store, write_json
+from terraloom.io import digest_json, read_json, write_json
 from terraloom.log import get_logger
 from terraloom.models.mapnet import FEATURES
 from terraloom.models.registry import card_path, check_contract
@@ -34,11 +33,12 @@ from terraloom.predict.reader import CubeReader
 from terraloom.predict.tilewriter import TileWriter
 from terraloom.predict.views import F32, predict_views
 from terraloom.predict.windows import Window, cut, in_batches
+from terraloom.preprocess.tilestore import open_arrays
 from terraloom.state import code_digest
 from terraloom.train.model_files import task_specs
 from terraloom.uncertainty.applicability import CELL_PX
 
-__all__ = ["CUBES", "TILES", "Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
+__all__ = ["Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
 
 #: Most bytes that the values of the windows in flight take: one read, one predicted, one written.
 _MOST_BYTES = 1_500_000_000
@@ -239,12 +239,8 @@ def _path(tile: Tile) -> Path:
 
 
 def _finished(tile: Tile, digest: str) -> bool:
-    path = _path(tile)
-    try:
-        return path.exists() and bool(read_store(path).attrs.get("digest") == digest)
-    except (StateError, OSError, ValueError, KeyError) as err:
-        log.warning("tile %s: not readable (%s), predicted again", tile.name, err)
-        return False
+    done = open_arrays(_path(tile))
+    return done is not None and bool(done.attrs.get("digest") == digest)
 
 
 def _digests(

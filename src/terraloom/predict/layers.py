@@ -14,7 +14,12 @@ from terraloom.config.labels import Task
 from terraloom.legend import IGNORE_INDEX
 from terraloom.models.mapnet import FEATURES
 from terraloom.predict.calibration import calibrated_parts, most_probable
-from terraloom.predict.encoding import PROBABILITY_CODES, ProbabilityCode, encode_sets
+from terraloom.predict.encoding import (
+    PROBABILITY_CODES,
+    REGRESSION_NODATA,
+    ProbabilityCode,
+    encode_sets,
+)
 from terraloom.predict.members import encode_members, member_layer
 from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
@@ -25,9 +30,7 @@ from terraloom.uncertainty.decompose import (
     encode_entropy,
 )
 
-__all__ = ["REGRESSION_NODATA", "Layers"]
-
-REGRESSION_NODATA = -9999.0
+__all__ = ["Layers"]
 #: Names of the dimension before rows and columns.
 _FIRST = {
     "probabilities": "class", "uncertainty": "kind", "conformal_set": "set",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from terraloom.errors import StateError
-from terraloom.preprocess.cube import channel_names
+from terraloom.preprocess.channels import channel_names
 from terraloom.preprocess.groups import group_factor, group_facts, group_order
 
 __all__ = ["Picture", "paint", "plan_picture"]

@@ -19,8 +19,14 @@ from terraloom.io import cog_from_windows, digest_json, read_store, sha256, writ
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend, read_legend
 from terraloom.log import get_logger
 from terraloom.origin import TAG, map_tags
-from terraloom.plan import SUFFIXES, product_names, product_path, product_suffix
-from terraloom.predict.engine import CUBES, TILES
+from terraloom.plan import (
+    CUBES,
+    SUFFIXES,
+    TILES,
+    product_names,
+    product_path,
+    product_suffix,
+)
 from terraloom.predict.index import write_index, write_overviews
 from terraloom.predict.picture import Picture
 from terraloom.predict.qgis import write_styles

@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid
-from terraloom.io import read_store
 from terraloom.predict.windows import Window
-from terraloom.preprocess.cube import channel_names
+from terraloom.preprocess.channels import channel_names
 from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.reasons import Reason
 from terraloom.preprocess.tilestore import CHUNK_PX, decode, open_arrays
@@ -51,8 +50,7 @@ class CubeReader:
         self._blocks: OrderedDict[Block, npt.NDArray[np.float32]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.RLock()
-        first = next(iter(self._tiles.values()))
-        self.channels = channel_names(read_store(folder / f"{first.name}.zip"))
+        self.channels = channel_names(self._store(next(iter(self._tiles))))
         self._factor = {g: group_factor(g) for g in self.channels}
 
     def window(self, row: int, col: int, h: int, w: int) -> dict[str, npt.NDArray[np.float32]]:

@@ -18,10 +18,10 @@ from terraloom.predict.encoding import (
     APPLICABILITY_SCALES,
     MOST_IN_MASK,
     PROBABILITY_CODES,
+    REGRESSION_NODATA,
     SET_NODATA,
     set_dtype,
 )
-from terraloom.predict.layers import REGRESSION_NODATA
 from terraloom.preprocess.reasons import Reason
 from terraloom.uncertainty.decompose import ENTROPY_NODATA, ENTROPY_STEPS
 

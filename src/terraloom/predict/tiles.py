@@ -15,7 +15,7 @@ from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import read_json, read_store
 from terraloom.legend import IGNORE_INDEX, NODATA_CODE, Legend
-from terraloom.predict.engine import CUBES, TILES
+from terraloom.plan import CUBES, TILES
 from terraloom.predict.picture import Picture, paint, plan_picture
 from terraloom.predict.specs import Spec
 

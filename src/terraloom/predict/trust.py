@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import xarray as xr
 
 from terraloom.config.campaign import Campaign
 from terraloom.errors import ModelError
@@ -18,6 +17,9 @@ from terraloom.predict.encoding import APPLICABILITY_NODATA, APPLICABILITY_SCALE
 from terraloom.uncertainty.applicability import CELL_PX, Applicability
 from terraloom.uncertainty.applicability_file import FILE, read_applicability
 from terraloom.uncertainty.conformal import ClassSets, Interval
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["Trust", "TrustFacts"]
 

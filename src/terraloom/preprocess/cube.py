@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xarray as xr
 
 from terraloom.acquire.sources import load_source
 from terraloom.config.campaign import Campaign, Composite
@@ -25,7 +24,7 @@ from terraloom.errors import ConfigError
 from terraloom.grid import CampaignGrid, Tile
 from terraloom.io import digest_json, sha256
 from terraloom.log import get_logger
-from terraloom.preprocess.groups import group_factor, group_order
+from terraloom.preprocess.groups import group_factor
 from terraloom.preprocess.harmonise import view_unknown
 from terraloom.preprocess.layering import Group, Layer, Step, Unit, assemble
 from terraloom.preprocess.stack import (
@@ -38,7 +37,7 @@ from terraloom.preprocess.stack import (
 from terraloom.preprocess.tilestore import TileStore, open_arrays
 
 __all__ = [
-    "MASK_OUTSIDE", "Scene", "build_tile", "channel_names", "cube_groups", "cube_inputs", "mask_on",
+    "MASK_OUTSIDE", "Scene", "build_tile", "cube_groups", "mask_on",
 ]  # fmt: skip
 
 Float = npt.NDArray[np.float32]
@@ -269,37 +268,3 @@ def _attrs(
         "digests": json.dumps(digests, sort_keys=True),
         "digest": digest,
     }
-
-
-# --- use -----------------------------------------------------------------------------------------
-
-
-def cube_inputs(dataset: xr.Dataset) -> dict[str, Float]:
-    """Inputs of the networks: per group (C, h, w) float32, NaN = missing.
-
-    C is periods x bands, or dates x bands, in the order of :func:`channel_names`.
-    """
-    inputs: dict[str, Float] = {}
-    for group in _input_groups(dataset):
-        values = dataset[group].to_numpy().astype(np.float32)
-        inputs[group] = values.reshape(-1, *values.shape[-2:])
-    return inputs
-
-
-def channel_names(dataset: xr.Dataset) -> dict[str, list[str]]:
-    """Names ``period/band``, ``date/band`` or ``band`` (static) of the channels of each group."""
-    names: dict[str, list[str]] = {}
-    for group in _input_groups(dataset):
-        bands = [str(b) for b in dataset[f"band_{group}"].to_numpy()]
-        over = str(dataset[group].dims[0])
-        if over == f"band_{group}":
-            names[group] = bands
-            continue
-        steps = [str(s)[:10] if over != "period" else str(s) for s in dataset[over].to_numpy()]
-        names[group] = [f"{s}/{b}" for s in steps for b in bands]
-    return names
-
-
-def _input_groups(dataset: xr.Dataset) -> list[str]:
-    """Groups of bands in a store, finest first; the order of the store's files does not matter."""
-    return group_order(str(v) for v in dataset.data_vars if f"band_{v}" in dataset.coords)

@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 from odc.geo.geobox import GeoBox
 from scipy import ndimage
-from scipy.interpolate import RBFInterpolator
-from scipy.spatial import cKDTree
 
 from terraloom.preprocess.coregister import Shift, window_starts
 from terraloom.preprocess.matching import Pair, TiePoints, match_windows
+
+if TYPE_CHECKING:
+    from scipy.interpolate import RBFInterpolator
 
 __all__ = [
     "SPACING_PX", "WINDOW_PX", "ShiftField", "fit_field", "measure_field", "spacing_for",
@@ -263,6 +264,8 @@ def _on_trend(at: Float64, values: Float64) -> BoolArray:
 
 
 def _spline(at: Float64, values: Float64, smoothing: float) -> RBFInterpolator:
+    from scipy.interpolate import RBFInterpolator  # a field is fitted once, and used by every job
+
     few = None if len(at) <= _NEIGHBOURS * 20 else _NEIGHBOURS
     return RBFInterpolator(at, values, neighbors=few, smoothing=smoothing, degree=1)
 
@@ -287,6 +290,8 @@ def _cross_validate(at: Float64, values: Float64) -> tuple[float, FloatArray]:
 
 def _surface(at: Float64, values: Float64, smoothing: float, nodes: Float64) -> Float64:
     """(M, 2) spline at the nodes; 0 away from the hull and from all points."""
+    from scipy.spatial import cKDTree
+
     hull = shapely.convex_hull(shapely.MultiPoint(at))
     where = shapely.points(nodes)
     # A node outside takes the value of the hull's nearest point, less the further off it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from terraloom.config.campaign import Campaign
 from terraloom.errors import CoverageError
@@ -120,8 +120,8 @@ def gather_scenes(
     items = usable_items()
     shifts: dict[str, Any] = {}
     if decided:
-        table = pd.read_csv(QUALITY, dtype={"id": str})
-        used = set(table.loc[table["decision"] == "use", "id"])
+        with QUALITY.open(encoding="utf-8", newline="") as f:
+            used = {row["id"] for row in csv.DictReader(f) if row["decision"] == "use"}
         items = [i for i in items if i["id"] in used]
     if decided if aligned is None else aligned:
         shifts = read_json(SHIFTS)["shifts"]

@@ -24,7 +24,7 @@ from pyproj import Transformer
 from shapely import Polygon
 from shapely.geometry.base import BaseGeometry
 
-from terraloom.acquire.catalogue import is_url
+from terraloom.acquire.hrefs import is_url
 from terraloom.acquire.sources import load_source
 from terraloom.config.campaign import Campaign
 from terraloom.io import geobox_of

@@ -31,8 +31,7 @@ from terraloom.grid import CampaignGrid
 from terraloom.io import read_json, write_text
 from terraloom.legend import Legend, read_legend
 from terraloom.log import get_logger
-from terraloom.plan import product_path
-from terraloom.predict.engine import CUBES
+from terraloom.plan import CUBES, product_path
 from terraloom.report.views import CONTEXT_TIMES, Views, look_around, pack
 
 __all__ = ["PAGE", "write_labelling_page"]

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 
 from terraloom.errors import FoldError, ModelError
 from terraloom.train.calibrate import log_probabilities, negative_log_likelihood, rescale
@@ -135,6 +134,8 @@ def fit_calibration(
             probabilities are those of the true class, and what the labels should show of them is
             compared with the labels (forward correction).
     """
+    from scipy import optimize  # prediction only applies what is found here
+
     label = np.asarray(y).astype(np.intp)
     step = max(1, len(label) // _SEARCH_PX)
     few, true = members[:, ::step], label[::step]
@@ -161,6 +162,8 @@ def _fit_vector(
     members: npt.NDArray[Any], y: npt.NDArray[np.intp], scale: float, noise: F64 | None
 ) -> Calibration:
     """Scales and shifts of the classes, searched from the common scale."""
+    from scipy import optimize
+
     m, n, k = members.shape
     z = [log_probabilities(p) for p in members]
     seen = np.eye(k)[:, y].T if noise is None else noise[:, y].T  # (N, K): P(label of n | class)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr
 
 from terraloom.errors import ModelError
 
@@ -101,6 +100,8 @@ def decompose_entropy(probs: NDArray[Any]) -> EntropyParts:
         >>> round(float(decompose_entropy(p).epistemic[0]), 7)
         0.1847125
     """
+    from scipy.special import entr
+
     flat, shape = _flatten(probs)
     _, k, n = flat.shape
     mean = np.empty((k, n), dtype=np.float32)
