@@ -1,6 +1,6 @@
 """What a large campaign costs, from the benchmark records of a finished run.
 
-    python benchmarks/costs.py RUN [--tiles 10000] [--tile-px 384] [--tiles-per-job 8] [--start 2]
+    python benchmarks/costs.py RUN [--tiles 10000] [--tile-px 384] [--tiles-per-job N] [--start 4]
 
 RUN is the folder of a finished run; all its jobs must have run there. Prints what was measured and
 what it comes to for a campaign with the same sources, periods, tasks and networks: stages that
@@ -16,6 +16,8 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+
+from terraloom.grid import tiles_of_job
 
 #: Stages whose jobs are batches of tiles.
 BATCHED = ("build_cube", "predict_tiles", "write_tiles")
@@ -55,12 +57,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--tiles", type=int, default=10000)
     parser.add_argument("--tile-px", type=int, default=384)
-    parser.add_argument("--tiles-per-job", type=int, default=8)
-    parser.add_argument("--start", type=float, default=2.0)
+    parser.add_argument("--tiles-per-job", type=int, help="default: as `auto` packs --tiles")
+    parser.add_argument("--start", type=float, default=4.0)
     a = parser.parse_args()
     here = megapixels(a.run)
     there = a.tiles * a.tile_px**2 / 1e6
-    batches = math.ceil(a.tiles / a.tiles_per_job)
+    batches = math.ceil(a.tiles / (a.tiles_per_job or tiles_of_job(a.tiles)))
     scale = there / here
     print(f"measured on {here:.2f} Mpx; asked for {there:.0f} Mpx = {there * 1e-4:.3g} million km2")
     print("stage               jobs   CPU s | CPU s a tile |   jobs   CPU hours")

@@ -120,6 +120,9 @@ def test_finished_tiles_are_kept_and_jobs_change_no_byte(
     after = {p: (p.stat().st_ino, p.read_bytes()) for p in TILED.rglob("*.tif")}
     assert {p: v[1] for p, v in after.items()} == {p: v[1] for p, v in before.items()}
     assert [p for p in after if after[p][0] != before[p][0]] == [lost]
+    assert len(list(TILED.glob("b*.json"))) > 1
+    tiled(grid, "vrt", per_job=8)
+    assert [p.name for p in TILED.glob("b*.json")] == ["b0000.json"], "jobs that were before"
     assert (MAP / "class_map.vrt").read_bytes() == index
 
 

@@ -248,11 +248,7 @@ def _digests(
 ) -> dict[str, str]:
     """Digest of all that the values of each tile depend on; windows and devices are not in it."""
     code = code_digest("predict.engine")
-    cubes = {
-        name: record["digest"]
-        for file in sorted(CUBES.glob("b*.json"))
-        for name, record in read_json(file)["tiles"].items()
-    }
+    cubes = _cubes(campaign, grid)
     names = {(t.column, t.row): t.name for t in grid.tiles()}
     tasks = [t.model_dump(mode="json") for t in campaign.tasks]
     how = campaign.predict
@@ -264,6 +260,20 @@ def _digests(
         around = _neighbourhood(tile, names, -(-ensemble.halo_px // grid.tile_px))
         near = {n: cubes[n] for n in around if n in cubes}
         found[tile.name] = digest_json([code, ensemble.digest, near, tasks, means])
+    return found
+
+
+def _cubes(campaign: Campaign, grid: CampaignGrid) -> dict[str, str]:
+    """Digest of each cube that there is, by tile.
+
+    Only what the manifest of a tile's own job says of it: those of jobs that were packed otherwise
+    before lie beside them.
+    """
+    found: dict[str, str] = {}
+    for job, tiles in grid.batches(campaign.grid.tiles_per_job).items():
+        file = CUBES / f"{job}.json"
+        made = read_json(file)["tiles"] if file.exists() else {}
+        found |= {t.name: made[t.name]["digest"] for t in tiles if t.name in made}
     return found
 
 

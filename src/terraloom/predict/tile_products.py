@@ -100,6 +100,8 @@ def tile_records(
 ) -> dict[str, dict[str, Any]]:
     """Records of all tiles by product, each file checked against its digest.
 
+    Manifests of jobs that there are no more are removed: what they say of files may not hold.
+
     Returns:
         Per product ``files`` (paths from the folder of the map, by tile), ``stats`` (one
         :class:`BandStats` per band) and ``digest`` of all its tiles.
@@ -113,7 +115,8 @@ def tile_records(
     }
     bad: list[str] = []
     jobs: set[str] = set()
-    for batch, tiles in grid.batches(campaign.grid.tiles_per_job).items():
+    batches = grid.batches(campaign.grid.tiles_per_job)
+    for batch, tiles in batches.items():
         manifest = read_json(TILED / f"{batch}.json")["tiles"]
         for tile in tiles:
             for name, held in out.items():
@@ -134,4 +137,7 @@ def tile_records(
             allowed="the files that their jobs wrote",
             fix=f"rm -f {' '.join([*bad[:5], *sorted(jobs)])}; then rerun: other tiles are kept",
         )  # fmt: skip
+    for old in TILED.glob("b*.json"):
+        if old.stem not in batches:
+            old.unlink()  # of tiles that were packed into more jobs before
     return out
