@@ -85,7 +85,10 @@ def session(leader: int) -> list[psutil.Process]:
 
 
 def finished_jobs(folder: Path) -> dict[str, float]:
-    """End of each job that Snakemake holds to be finished, by output."""
+    """End of each job, by the outputs that Snakemake holds to be finished.
+
+    It records them one after the other: a kill in between leaves a job that is not finished.
+    """
     base = folder / ".snakemake"
     begun = {p.name for p in (base / "incomplete").rglob("*") if p.is_file()}
     found = {}
@@ -98,6 +101,17 @@ def finished_jobs(folder: Path) -> dict[str, float]:
             if not record.get("incomplete"):
                 found[urlsafe_b64decode(path.name).decode()] = record["endtime"]
     return found
+
+
+def outputs_together(folder: Path) -> dict[str, set[str]]:
+    """All outputs of the job that made an output, of each recorded one."""
+    jobs: dict[str, set[str]] = {}
+    for path in (folder / ".snakemake/metadata").rglob("*"):
+        if path.is_file():
+            record = json.loads(path.read_text())
+            job = str((record["rule"], record["log"]))
+            jobs.setdefault(job, set()).add(urlsafe_b64decode(path.name).decode())
+    return {output: outputs for outputs in jobs.values() for output in outputs}
 
 
 def finished_tiles(folder: Path) -> dict[str, int]:
