@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # A SLURM cluster of one node on the loopback interface, from Debian 12 packages. Needs root.
-# It takes no database, no systemd and no cgroups: memory is watched by polling.
+# It takes no systemd and no cgroups: memory is watched by polling. With `accounting` it has a
+# database of jobs (slurmdbd on a MariaDB of its own), and jobs of an unknown account are refused.
 #
-# Usage: cluster.sh up | down
+# Usage: cluster.sh up [accounting] | down
 set -euo pipefail
 
 CONFIG=/etc/slurm/slurm.conf
 RUN=/run/terraloom-slurm
+SOCKET=/run/mysqld/mysqld.sock # where its client library looks
+ACCOUNTING=${2:-}
 
 alive() {
     [[ -s $RUN/$1.pid ]] && kill -0 "$(<"$RUN/$1.pid")" 2>/dev/null
@@ -21,10 +24,63 @@ stop() {
 }
 
 install_packages() {
-    command -v slurmctld slurmd sbatch munged >/dev/null && return
+    local wanted=(slurmctld slurmd slurm-client munge) programs=(slurmctld slurmd sbatch munged)
+    if [[ $ACCOUNTING ]]; then
+        wanted+=(slurmdbd mariadb-server)
+        programs+=(slurmdbd mariadbd)
+    fi
+    [[ $(command -v "${programs[@]}" | wc -l) -eq ${#programs[@]} ]] && return
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-        slurmctld slurmd slurm-client munge >/dev/null
+        "${wanted[@]}" >/dev/null
+}
+
+accounting() {
+    if [[ $ACCOUNTING ]]; then
+        # squeue forgets finished jobs at once: who does not ask sacct never sees them end.
+        printf '%s\n' AccountingStorageType=accounting_storage/slurmdbd \
+            AccountingStorageHost=127.0.0.1 AccountingStorageEnforce=associations MinJobAge=2
+    else
+        # Finished jobs are seen in squeue for so long.
+        printf '%s\n' AccountingStorageType=accounting_storage/none MinJobAge=600
+    fi
+}
+
+# The database, its daemon, and an account that root may use.
+start_accounting() {
+    mkdir -p "$RUN" /run/mysqld
+    [[ -d $RUN/mysql ]] || mariadb-install-db --user=root --datadir="$RUN/mysql" \
+        --auth-root-authentication-method=socket --skip-test-db >/dev/null
+    alive mariadbd || mariadbd --no-defaults --user=root --datadir="$RUN/mysql" --socket="$SOCKET" \
+        --pid-file="$RUN/mariadbd.pid" --skip-networking --innodb-lock-wait-timeout=900 \
+        >"$RUN/mariadbd.log" 2>&1 &
+    wait_for mariadb-admin --no-defaults --socket="$SOCKET" ping
+    cat >/etc/slurm/slurmdbd.conf <<C
+AuthType=auth/munge
+DbdHost=localhost
+SlurmUser=root
+PidFile=$RUN/slurmdbd.pid
+LogFile=$RUN/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+C
+    chmod 0600 /etc/slurm/slurmdbd.conf
+    alive slurmdbd || slurmdbd
+    wait_for sacctmgr -n show cluster
+    sacctmgr -i add cluster terraloom >/dev/null || true # there from the last time
+    sacctmgr -i add account maps >/dev/null || true
+    sacctmgr -i add user root account=maps >/dev/null || true
+}
+
+wait_for() {
+    for _ in {1..120}; do
+        "$@" >/dev/null 2>&1 && return 0
+        sleep 0.5
+    done
+    echo "no answer from: $*" >&2
+    tail -n 20 "$RUN"/*.log >&2
+    return 1
 }
 
 configuration() {
@@ -55,9 +111,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=2
-# No accounting: finished jobs are seen in squeue for so long.
-AccountingStorageType=accounting_storage/none
-MinJobAge=600
+$(accounting)
 ReturnToService=2
 NodeName=$node NodeAddr=127.0.0.1 CPUs=$cores SocketsPerBoard=1 CoresPerSocket=$cores RealMemory=$memory
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
@@ -77,11 +131,13 @@ up() {
     if ! diff -q <(configuration) "$CONFIG" >/dev/null 2>&1; then
         stop slurmd
         stop slurmctld
+        rm -rf "$RUN/state" && mkdir "$RUN/state" # of another kind of cluster
         configuration >"$CONFIG"
     fi
     if ! unmunge </dev/null >/dev/null 2>&1 && ! munge -n >/dev/null 2>&1; then
         runuser -u munge -- /usr/sbin/munged --force
     fi
+    [[ -z $ACCOUNTING ]] || start_accounting
     alive slurmctld || slurmctld
     alive slurmd || slurmd
     for _ in {1..60}; do
@@ -100,10 +156,12 @@ down() {
     scancel --user=root 2>/dev/null || true
     stop slurmd
     stop slurmctld
+    stop slurmdbd
+    stop mariadbd
     # The daemon of munge stays: it may belong to others.
 }
 
 case ${1:-} in
     up | down) "$1" ;;
-    *) echo "usage: $0 up|down" >&2; exit 2 ;;
+    *) echo "usage: $0 up [accounting] | down" >&2; exit 2 ;;
 esac

@@ -7,70 +7,40 @@ figures that it prints stand in docs/how-to/run-on-slurm.md.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from support.chaos import said, start
 from support.road import BIN, command
+from support.slurm import PATIENCE_S, SCRATCH, cluster, make_profile, queue, until
 from terraloom.operate.resume import slurm_jobs
 
 pytestmark = pytest.mark.slurm
 
-CLUSTER = Path(__file__).parent / "cluster.sh"
-#: Longest wait for anything, seconds: the machine may be busy.
-PATIENCE_S = 1800
 #: What is made; on a busy machine one early file will do.
 TARGETS = os.environ.get("TERRALOOM_SLURM_TARGETS", "all").split()
-SCRATCH = Path("/tmp/terraloom-slurm")
-#: 300 MB are too little for the first attempt of the simulation, which is what is tested.
-SITE = {
-    "jobs": 2, "poll_s": 2, "latency_s": 5, "scratch": f"{SCRATCH}/$SLURM_JOB_ID",
-    "rules": {"simulate": {"mem_mb": 300}},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """The cluster, from Debian packages; it is left off afterwards."""
-    if os.geteuid() != 0:
-        pytest.skip("a cluster is started by root only")
-    subprocess.run([CLUSTER, "up"], check=True, timeout=300)
-    yield
-    subprocess.run([CLUSTER, "down"], check=True, timeout=60)
-    shutil.rmtree(SCRATCH, ignore_errors=True)  # Snakemake leaves the folders of jobs, empty
+def one_node() -> Iterator[None]:
+    """The cluster."""
+    with cluster():
+        yield
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile that the cluster was asked for."""
     place = tmp_path_factory.mktemp("site")
-    (place / "site.yaml").write_text(yaml.safe_dump(SITE))
-    made = command("terraloom", "cluster-profile", str(place / "site.yaml"), "--out", str(place))
+    made = make_profile(place)
     assert "no accounting" in made.stdout and "watched with squeue, every 2 s" in made.stdout
     assert "60 minutes" in made.stdout, "the partition's limit"
     return place
-
-
-def until(what: Callable[[], object], *processes: subprocess.Popen[str]) -> float:
-    """Wait for something while processes live; seconds it took."""
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < PATIENCE_S
-        assert all(p.poll() is None for p in processes), "the run ended before"
-        time.sleep(0.2)
-    return time.monotonic() - began
-
-
-def queue(state: str) -> str:
-    """Jobs in a state: the rule and its wildcards, and the memory."""
-    return command("squeue", "-h", f"--states={state}", "-o", "%k %m").stdout
 
 
 def overlaps(folder: Path) -> list[tuple[str, str]]:
@@ -147,10 +117,6 @@ def test_ctrl_c_cancels(tmp_path: Path, profile: Path) -> None:
 
 
 def test_a_partition_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "site.yaml").write_text("partition: big\n")
-    refused = command(
-        "terraloom", "cluster-profile", str(tmp_path / "site.yaml"), "--out", str(tmp_path),
-        ok=False,
-    )  # fmt: skip
+    refused = make_profile(tmp_path, ok=False, partition="big")
     assert refused.returncode == 2 and "there is no partition big" in refused.stderr
     assert "main (60 min" in refused.stderr and not (tmp_path / "config.yaml").exists()
