@@ -108,6 +108,7 @@ bench: $(READY)
 	python benchmarks/export.py
 	python benchmarks/dry_run.py
 	python benchmarks/overhead.py
+	python benchmarks/resume.py
 	python benchmarks/reads.py
 	python benchmarks/masks.py
 	python benchmarks/alignment.py

@@ -40,17 +40,22 @@ def overrides(tiles: int, per_job: int | str = "auto") -> dict[str, Any]:
     }
 
 
-def run(
-    folder: str, tiles: int, *words: str, per_job: int | str = "auto"
-) -> tuple[float, float, float, str]:
-    """Seconds, CPU seconds, peak MB and output of Snakemake, for a square of so many tiles."""
+def snakemake(folder: str, tiles: int, *words: str, per_job: int | str = "auto") -> list[str]:
+    """The command, to be called in the project folder."""
     keys = overrides(tiles, per_job)
-    command = [
+    return [
         sys.executable, "-m", "snakemake", *words,
         "--snakefile", str(PROJECT / "workflow/Snakefile"),
         "--workflow-profile", str(PROJECT / "workflow/profiles/default"), "--directory", folder,
         "--config", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in keys.items()),
     ]  # fmt: skip
+
+
+def run(
+    folder: str, tiles: int, *words: str, per_job: int | str = "auto"
+) -> tuple[float, float, float, str]:
+    """Seconds, CPU seconds, peak MB and output of Snakemake, for a square of so many tiles."""
+    command = snakemake(folder, tiles, *words, per_job=per_job)
     with tempfile.TemporaryFile("w+") as out:
         start = time.monotonic()
         child = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=subprocess.STDOUT)
@@ -64,6 +69,22 @@ def run(
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, text
 
 
+def outputs(folder: str, tiles: int, per_job: int | str = "auto") -> list[str]:
+    """Files of a whole run."""
+    rows = run(folder, tiles, "all", "--summary", per_job=per_job)[3].splitlines()
+    return [n for n in (row.split("\t")[0] for row in rows if "\t" in row) if "/" in n]
+
+
+def finish(folder: str, tiles: int, names: list[str], per_job: int | str = "auto") -> None:
+    """Put stand-ins of all files there, with Snakemake's records of them."""
+    for name in names:
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    words = ("all", "--touch", "--forceall", "-q", "all", "--cores", "1")
+    run(folder, tiles, *words, per_job=per_job)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 10000])
@@ -73,15 +94,10 @@ def main() -> None:
     print(" tiles  state     jobs   files  seconds  CPU s  peak MB")
     for tiles in given.tiles:
         with tempfile.TemporaryDirectory() as folder:
-            rows = run(folder, tiles, "all", "--summary")[3].splitlines()
-            names = [n for n in (row.split("\t")[0] for row in rows if "\t" in row) if "/" in n]
+            names = outputs(folder, tiles)
             report(folder, tiles, "new", len(names), given.repeats)
             if given.finished:
-                for name in names:
-                    path = Path(folder, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(name)
-                run(folder, tiles, "all", "--touch", "--forceall", "-q", "all", "--cores", "1")
+                finish(folder, tiles, names)
                 report(folder, tiles, "finished", len(names), given.repeats)
 
 

@@ -4,9 +4,9 @@
 
 A verb's start is its imports, the campaign file and the grid of so many tiles, which each job lays
 out; beside it stands an interpreter that does nothing. Seconds are those of the processor,
-medians. Snakemake's share is a dry run of all stages. By default so many tiles are in a job as
-`grid.tiles_per_job: auto` packs. The line `all` is what that comes to for a tile: its share of a
-job of cubes, of a job of prediction and of Snakemake.
+medians, with modules that are compiled. Snakemake's share is a dry run of all stages. By default
+so many tiles are in a job as `grid.tiles_per_job: auto` packs. The line `all` is what that comes
+to for a tile: its share of a job of cubes, of a job of prediction and of Snakemake.
 
 On a cluster Snakemake starts once more inside each job; the line `all, on a cluster` has twice
 what a dry run of one such job costs as well.
@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiles", type=int, default=10000)
     parser.add_argument("--tiles-per-job", type=int, help="default: as `auto` packs --tiles")
+    # As Python is when nobody sets it: compiled modules are kept.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     given = parser.parse_args()
     tiles = round(given.tiles**0.5) ** 2
     per_job = given.tiles_per_job or tiles_of_job(tiles)
@@ -65,6 +67,7 @@ def main() -> None:
 
     def line(name: str, measure: Callable[[], float], among: int = per_job) -> float:
         """Print a line of the table; returns its milliseconds a tile."""
+        measure()  # compiles what is not
         took = statistics.median(measure() for _ in range(given.repeats))
         print(f"{name:19}  {took:5.2f}  {1000 * took / among:9.1f}", flush=True)
         return 1000 * took / among
