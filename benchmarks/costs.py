@@ -1,6 +1,6 @@
 """What a large campaign costs, from the benchmark records of a finished run.
 
-    python benchmarks/costs.py RUN [--tiles 10000] [--tile-px 384] [--tiles-per-job N] [--start 4]
+    python benchmarks/costs.py RUN [--tiles 10000] [--tile-px 384] [--tiles-per-job N] [--start 2]
 
 RUN is the folder of a finished run; all its jobs must have run there. Prints what was measured and
 what it comes to for a campaign with the same sources, periods, tasks and networks: stages that
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=10000)
     parser.add_argument("--tile-px", type=int, default=384)
     parser.add_argument("--tiles-per-job", type=int, help="default: as `auto` packs --tiles")
-    parser.add_argument("--start", type=float, default=4.0)
+    parser.add_argument("--start", type=float, default=2.0)
     a = parser.parse_args()
     here = megapixels(a.run)
     there = a.tiles * a.tile_px**2 / 1e6
