@@ -86,7 +86,7 @@ wait_for() {
 configuration() {
     local node cores memory
     node=$(hostname -s)
-    cores=$(nproc)
+    cores=$(nproc --all) # not of OMP_NUM_THREADS
     memory=$(awk '/^MemTotal/ {print int($2 / 1024 * 0.7)}' /proc/meminfo)
     cat <<C
 ClusterName=terraloom

@@ -26,8 +26,9 @@ from terraloom.operate.cluster import (
 ROOT = Path(__file__).parents[2]
 #: Answers of a cluster with accounting.
 SOUND = {
-    "sinfo": "echo 'main*|up|1-12:00:00|64000|(null)'; echo 'gpu|up|30:00|128000+|gpu:a100:4'\n"
-    "echo 'main*|up|1-12:00:00|128000|(null)'; echo 'old|drain|infinite|1000|(null)'",
+    "sinfo": "echo 'main*|up|1-12:00:00|64000|16|(null)'\n"
+    "echo 'gpu|up|30:00|128000+|64+|gpu:a100:4'\n"
+    "echo 'main*|up|1-12:00:00|128000|8|(null)'; echo 'old|drain|infinite|1000|1|(null)'",
     "sacct": "exit 0",
     "sacctmgr": "echo forest; echo water",
     "scontrol": "echo 'MinJobAge               = 300 sec'",
@@ -50,8 +51,8 @@ def site(**keys: Any) -> Site:
 
 CLUSTER = Cluster(
     {
-        "main": Partition("main", True, True, 2160, 128000, gpus=False),
-        "gpu": Partition("gpu", False, True, 30, 256000, gpus=True),
+        "main": Partition("main", True, True, 2160, 128000, 16, gpus=False),
+        "gpu": Partition("gpu", False, True, 30, 256000, 64, gpus=True),
     },
     accounting=False, min_job_age_s=300, accounts=None,
 )  # fmt: skip
@@ -62,9 +63,9 @@ def test_what_the_cluster_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = read_cluster()
     assert found == Cluster(
         {
-            "main": Partition("main", True, True, 36 * 60, 128000, gpus=False),
-            "gpu": Partition("gpu", False, True, 30, 128000, gpus=True),
-            "old": Partition("old", False, False, None, 1000, gpus=False),
+            "main": Partition("main", True, True, 36 * 60, 128000, 16, gpus=False),
+            "gpu": Partition("gpu", False, True, 30, 128000, 64, gpus=True),
+            "old": Partition("old", False, False, None, 1000, 1, gpus=False),
         },
         accounting=True, min_job_age_s=300, accounts=frozenset({"forest", "water"}),
     )  # fmt: skip
@@ -128,7 +129,7 @@ def test_a_site_that_asks_for_what_is_not_there(keys: dict[str, Any], said: str)
     with pytest.raises(ConfigError) as err:
         check_site(site(**keys), CLUSTER, where="site.yaml")
     assert said in err.value.found and err.value.where == "site.yaml"
-    assert "main (2160 min, 128000 MB); gpu (30 min, 256000 MB, GPUs)" in err.value.allowed
+    assert "main (2160 min, 128000 MB, 16 processors); gpu (30 min, 256" in err.value.allowed
 
 
 def test_an_account_of_others() -> None:
@@ -145,6 +146,7 @@ def test_no_attempt_asks_for_more_than_there_is() -> None:
     made = profile_of(site(gpu={"partition": "gpu"}, rules=rules, max_mem_mb=100000), CLUSTER)
     assert made["default-resources"]["max_runtime"] == 30  # of the partition with GPUs
     assert made["default-resources"]["max_mem_mb"] == 100000
+    assert made["max-threads"] == 16  # of the partition without
     asked = made["set-resources"]["train_member"]
     assert [eval(asked["mem_mb"], {"attempt": n}) for n in (1, 2)] == [60000, 100000]
     assert [eval(asked["runtime"], {"attempt": n}) for n in (1, 2)] == [20, 30]
@@ -168,7 +170,7 @@ def test_a_profile_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "mem_mb": 2000, "runtime": 60, "slurm_partition": "'main'", "slurm_account": "'forest'",
         "tmpdir": "'/scratch/$SLURM_JOB_ID'", "max_mem_mb": 128000, "max_runtime": 2160,
     }  # fmt: skip
-    assert "128000 MB or 2160 minutes" in said and "watched with sacct" in said
+    assert "128000 MB or 2160 minutes or 16 processors" in said and "watched with sacct" in said
 
 
 def test_a_site_file_with_a_typing_error(tmp_path: Path) -> None:

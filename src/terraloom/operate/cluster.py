@@ -45,6 +45,7 @@ class Partition:
         up: Whether it takes jobs.
         minutes: Longest job; None where there is no limit.
         mem_mb: Memory of its largest node, MB.
+        cpus: Processors of its largest node (count).
         gpus: Whether a node has GPUs.
     """
 
@@ -53,6 +54,7 @@ class Partition:
     up: bool
     minutes: int | None
     mem_mb: int
+    cpus: int
     gpus: bool
 
 
@@ -113,7 +115,7 @@ def read_cluster() -> Cluster:
     Raises:
         StateError: SLURM is not there or does not answer.
     """
-    partitions = _partitions(ask("sinfo", "-h", "-o", "%P|%a|%l|%m|%G"))
+    partitions = _partitions(ask("sinfo", "-h", "-o", "%P|%a|%l|%m|%c|%G"))
     if not partitions:
         raise StateError("the cluster has no partition", where="SLURM", fix="ask its operators")
     accounting = _answers("sacct", "-n", "-X")
@@ -144,12 +146,13 @@ def _answers(*words: str) -> bool:
 def _partitions(text: str) -> dict[str, Partition]:
     found: dict[str, Partition] = {}
     for line in text.splitlines():
-        name, state, limit, memory, gres = line.strip().split("|")
+        name, state, limit, memory, cpus, gres = line.strip().split("|")
         star, name = name.endswith("*"), name.rstrip("*")
         before = found.get(name)
         found[name] = Partition(
             name, star, state == "up", _minutes(limit),
             max(int(memory.rstrip("+")), before.mem_mb if before else 0),
+            max(int(cpus.rstrip("+")), before.cpus if before else 0),
             "gpu" in gres or bool(before and before.gpus),
         )  # fmt: skip
     return found
@@ -205,7 +208,8 @@ def check_site(site: Site, cluster: Cluster, *, where: str = "site") -> None:
 def _shown(partition: Partition) -> str:
     limit = "no limit" if partition.minutes is None else f"{partition.minutes} min"
     gpus = ", GPUs" if partition.gpus else ""
-    return f"{partition.name} ({limit}, {partition.mem_mb} MB{gpus})"
+    size = f"{partition.mem_mb} MB, {partition.cpus} processors"
+    return f"{partition.name} ({limit}, {size}{gpus})"
 
 
 def status_command(site: Site, cluster: Cluster) -> tuple[Literal["squeue", "sacct"], int]:
@@ -238,7 +242,7 @@ def profile_of(site: Site, cluster: Cluster) -> dict[str, Any]:
     so that a partition called ``max`` stays a name.
     """
     status, poll_s = status_command(site, cluster)
-    minutes, mem_mb = _ceilings(site, cluster)
+    minutes, mem_mb, cpus = _ceilings(site, cluster)
     common: dict[str, Any] = {"mem_mb": 2000, "runtime": 60}
     named = {"slurm_partition": site.partition, "slurm_account": site.account,
              "tmpdir": site.scratch}  # fmt: skip
@@ -258,6 +262,7 @@ def profile_of(site: Site, cluster: Cluster) -> dict[str, Any]:
         "slurm-status-command": status,
         "slurm-init-seconds-before-status-checks": poll_s,
         "seconds-between-status-checks": poll_s,
+        **({"max-threads": cpus} if cpus else {}),
         **({} if site.account else {"slurm-no-account": True}),
         **({"slurm-qos": site.qos} if site.qos else {}),
         "default-resources": common,
@@ -265,14 +270,15 @@ def profile_of(site: Site, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _ceilings(site: Site, cluster: Cluster) -> tuple[int | None, int | None]:
-    """Minutes and MB that no job may ask for more than: with more it would wait for ever."""
+def _ceilings(site: Site, cluster: Cluster) -> tuple[int | None, int | None, int | None]:
+    """Minutes, MB, processors that no job may ask for more than: with more it waits for ever."""
     names = {site.partition or cluster.default, *(r.partition for r in site.rules.values())}
     names |= {site.gpu.partition} if site.gpu else set()
     used = [p for name, p in cluster.partitions.items() if name in names]
     minutes = [m for m in (site.max_runtime, *(p.minutes for p in used)) if m]
     mem_mb = [m for m in (site.max_mem_mb, *(p.mem_mb for p in used)) if m and m > 1]
-    return min(minutes, default=None), min(mem_mb, default=None)
+    cpus = min((p.cpus for p in used), default=None)
+    return min(minutes, default=None), min(mem_mb, default=None), cpus
 
 
 def _rules(site: Site, minutes: int | None, mem_mb: int | None) -> dict[str, dict[str, Any]]:
@@ -317,9 +323,9 @@ def write_profile(site_file: Path, out: Path) -> str:
     profile = profile_of(site, cluster)
     text = yaml.safe_dump(profile, sort_keys=False)
     write_text(out / "config.yaml", _HEADER.format(site=site_file) + text)
-    status, limits = profile["slurm-status-command"], profile["default-resources"]
-    most = [f"{limits[k]} {unit}" for k, unit in (("max_mem_mb", "MB"), ("max_runtime", "minutes"))
-            if k in limits]  # fmt: skip
+    status, limits = profile["slurm-status-command"], profile | profile["default-resources"]
+    units = {"max_mem_mb": "MB", "max_runtime": "minutes", "max-threads": "processors"}
+    most = [f"{limits[k]} {unit}" for k, unit in units.items() if k in limits]
     return (
         f"{cluster}\n"
         f"Jobs are watched with {status}, every {profile['seconds-between-status-checks']} s; "
