@@ -270,8 +270,9 @@ def test_packages_import_nothing_heavy() -> None:
             assert not {n.split(".")[0] for n in names} & heavy, name_of(path)
 
 
-#: What the jobs of tiles do without: hundreds of them start, and each module costs them time.
+#: What the jobs of tiles and strips do without: many of them start, and each module costs time.
 WITHOUT = {
+    "preprocess.masking": "torch xarray pandas scipy.interpolate scipy.optimize scipy.stats",
     "preprocess.build": "torch xarray pandas scipy.interpolate scipy.optimize scipy.stats",
     "predict.tile_products": "torch scipy safetensors",
     "predict.engine": "scipy xarray pandas rasterio onnxruntime",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from odc.geo.geobox import GeoBox
 
 from terraloom.acquire.assets import read_band
@@ -289,7 +289,7 @@ def _mask_block(
     asked = [n for n, m in zip(job.own, job.methods, strict=True) if MaskMethod.SPECTRAL in m]
     if asked:
         usable = [_pick(s, MaskMethod.SPECTRAL) for s in scenes]
-        days = [pd.Timestamp(i["datetime"]).timestamp() / 86400 for i in job.items]
+        days = [datetime.fromisoformat(i["datetime"]).timestamp() / 86400 for i in job.items]
         found = mask_series(
             usable, method=MaskMethod.SPECTRAL, sun=sun, days=days, wanted=asked, **common
         )

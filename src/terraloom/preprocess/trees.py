@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.tree import _tree
 
 from terraloom.errors import ModelError
 
@@ -90,6 +89,8 @@ def _keys(text: str) -> dict[str, str]:
 def _tree_of(
     keys: dict[str, str], features: int, path: str | Path
 ) -> tuple[Any, npt.NDArray[np.float64]]:
+    from sklearn.tree import _tree  # most methods of masks need no trees
+
     try:
         feature = np.array(keys["split_feature"].split(), dtype=np.int64)
         threshold = np.array(keys["threshold"].split(), dtype=np.float64)
