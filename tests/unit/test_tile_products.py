@@ -17,6 +17,7 @@ from support.products import campaign, region
 from terraloom.errors import StateError
 from terraloom.grid import CampaignGrid
 from terraloom.io import geobox_of, read_json
+from terraloom.operate.difference import map_difference
 from terraloom.plan import product_path
 from terraloom.predict.products import MAP, mosaic_products
 from terraloom.predict.tile_products import TILED, write_tiles
@@ -80,6 +81,17 @@ def test_an_index_reads_as_the_mosaic(runs: dict[str, Path], index: str, name: s
             k: v for k, v in told.items() if k.startswith("TERRALOOM")
         }
     assert geobox_of(one) == geobox_of(many)
+
+
+@pytest.mark.parametrize("index", ["vrt", "gti"])
+def test_an_index_differs_from_no_mosaic_of_the_same_map(runs: dict[str, Path], index: str) -> None:
+    one, many = (product_path("class_map", runs[k] / MAP) for k in ("mosaic", index))
+    with rasterio.open(one) as src:
+        names = {int(code): f"class {code}" for code in np.unique(src.read(1)) if code}
+    found = map_difference(one, many, names=(names, names))
+    assert found.aligned and found.changed_ha == 0 and found.compared_ha > 0
+    other = names | {min(names): "another"}
+    assert map_difference(many, one, names=(names, other)).changed_ha > 0
 
 
 @pytest.mark.parametrize("index", ["vrt", "gti"])

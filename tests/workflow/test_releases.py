@@ -214,6 +214,17 @@ def test_the_doctor_finds_the_traps(project: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     run(project, "dvc", "config", "cache.type", "hardlink,copy")
     assert how("cache") == ["wrong"]
+    assert how("shared cache") == []
+    common = project.parent / "common"
+    run(project, "dvc", "config", "--local", "cache.dir", str(common))
+    assert how("shared cache") == ["wrong"]
+    common.mkdir()
+    assert how("shared cache") == ["good"]
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert how("shared cache") == ["note"]
+    run(project, "dvc", "config", "cache.shared", "group")
+    assert how("shared cache") == ["good"]
+    run(project, "dvc", "config", "--local", "--unset", "cache.dir")
     text = (project / "dvc.yaml").read_text()
     (project / "dvc.yaml").write_text(text.replace("persist: true", "persist: false", 1))
     assert how("DVC outputs") == ["wrong"]

@@ -52,7 +52,8 @@ def examine(run_dir: Path = Path()) -> list[Finding]:
     """
     checks: tuple[tuple[str, Callable[[Path], Iterable[Finding]]], ...] = (
         ("Snakemake", _snakemake), ("git", _git), ("DVC outputs", _outputs), ("cache", _cache),
-        ("remotes", _remotes), ("disk", _disk), ("threads", _threads), ("SLURM", _slurm),
+        ("shared cache", _shared_cache), ("remotes", _remotes), ("disk", _disk),
+        ("threads", _threads), ("SLURM", _slurm),
     )  # fmt: skip
     found = []
     for what, check in checks:
@@ -125,11 +126,16 @@ def _outputs(run_dir: Path) -> Iterator[Finding]:
         yield Finding("DVC outputs", "good", f"{len(kept)} milestones, all persistent")
 
 
-def _cache(run_dir: Path) -> Iterator[Finding]:
+def _setting(run_dir: Path, key: str) -> str:
+    """A setting of DVC; empty where it is not set, which DVC calls an error."""
     try:
-        types = call_dvc(run_dir, "config", "cache.type").strip()
+        return call_dvc(run_dir, "config", key).strip()
     except StateError:
-        types = ""  # not set: reflink, copy
+        return ""
+
+
+def _cache(run_dir: Path) -> Iterator[Finding]:
+    types = _setting(run_dir, "cache.type")  # not set: reflink, copy
     first = types.split(",")
     risky = [t for t in ("hardlink", "symlink") if t in first]
     if "hardlink" in risky and os.geteuid() == 0:
@@ -144,6 +150,25 @@ def _cache(run_dir: Path) -> Iterator[Finding]:
                       "cache's", "dvc config cache.type reflink,copy")  # fmt: skip
     else:
         yield Finding("cache", "good", f"cache.type is {types or 'reflink,copy'}")
+
+
+def _shared_cache(run_dir: Path) -> Iterator[Finding]:
+    """A cache outside the project, which other worktrees or users share."""
+    folder = (run_dir / call_dvc(run_dir, "cache", "dir").strip()).resolve()
+    if folder.is_relative_to(run_dir.resolve()):
+        return
+    group = _setting(run_dir, "cache.shared") == "group"
+    if not folder.is_dir():
+        yield Finding("shared cache", "wrong", f"there is no folder {folder}",
+                      "make it, mount its disk, or dvc cache dir FOLDER")  # fmt: skip
+    elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        yield Finding("shared cache", "wrong", f"{folder} cannot be written by you",
+                      "ask its owner for the rights of its group")  # fmt: skip
+    elif folder.stat().st_uid != os.geteuid() and not group:
+        yield Finding("shared cache", "note", f"{folder} belongs to another user, and what you add "
+                      "is yours alone", "dvc config cache.shared group")  # fmt: skip
+    else:
+        yield Finding("shared cache", "good", f"{folder}")
 
 
 def _remotes(run_dir: Path) -> Iterator[Finding]:
