@@ -69,6 +69,22 @@ def test_errors_name_key_and_fix(change: dict, message: str) -> None:
     assert "havel.yaml" in text and "allowed" in text and "to do" in text
 
 
+@pytest.mark.parametrize("address", [
+    "https://me:pa55word@stac.example.org/v1",
+    "https://stac.example.org/v1?lang=en&api_key=pa55word",
+    "https://store.example.org/labels.gpkg?sv=1&SIG=pa55word",
+    "https://b.s3.example.org/x.tif?X-Amz-Credential=pa55word",
+])  # fmt: skip
+def test_a_file_with_a_secret_is_refused_without_saying_it(address: str) -> None:
+    """The file is copied into results, provenance and their history."""
+    source = {"source": "sentinel-2-l2a", "catalogue": address, "collection": "s2"}
+    with pytest.raises(ConfigError, match=r"key `sources\.0\.catalogue`") as err:
+        parse_campaign(havel() | {"sources": [source]})
+    assert "pa55word" not in str(err.value) and ".netrc" in str(err.value)
+    open_address = "https://me@stac.example.org/v1?collection_key=1&tokens=2&monkey=3"
+    parse_campaign(havel() | {"sources": [source | {"catalogue": open_address}]})
+
+
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as err:
         parse_campaign(havel() | {"seeed": 1, "titel": "x"})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -18,6 +19,12 @@ __all__ = ["load_campaign", "load_site", "parse_campaign", "read_yaml"]
 
 
 _M = TypeVar("_M", bound=BaseModel)
+
+#: A password before the host, or a signature or token among the parameters of an address.
+_SECRET = re.compile(
+    r"(?i)://[^/@\s]*:[^/@\s]*@|[?&]((x-amz-|x-goog-)?(signature|credential|security-token)|sig|"
+    r"awsaccesskeyid|(access_?|auth_?)?token|password|((api|subscription)[_-]?)?key)="
+)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -94,12 +101,32 @@ def load_site(path: Path | str) -> Site:
 def _validated(
     model: type[_M], data: Mapping[str, Any], *, where: str, allowed: str, fix: str
 ) -> _M:
+    if open_secrets := list(_secrets(data)):
+        raise ConfigError(
+            f"key `{'`, `'.join(open_secrets)}`: an address with a password, token or signature in "
+            "it; what stands in this file is copied into logs, results and their history",
+            where=where, allowed="addresses as anybody may see them",
+            fix="take it out of the file; put it into .netrc or the environment, or leave it out "
+            "where Terraloom signs addresses itself",
+        )  # fmt: skip
     try:
         return model.model_validate(dict(data))
     except ValidationError as err:
         problems = [_explain(e, model) for e in err.errors()]
         found = problems[0] if len(problems) == 1 else "\n  ".join(["several problems", *problems])
         raise ConfigError(found, where=where, allowed=allowed, fix=fix) from err
+
+
+def _secrets(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys of the texts that hold a secret."""
+    if isinstance(value, str) and _SECRET.search(value):
+        yield key
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _secrets(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for n, inner in enumerate(value):
+            yield from _secrets(inner, f"{key}.{n}")
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,12 +153,13 @@ def md5_of(path: Path) -> str:
 
 
 def remotes(run_dir: Path) -> dict[str, str]:
-    """Address of each DVC remote, by name; nothing else of its settings, which hold secrets."""
+    """Address of each DVC remote, by name, without a password; its other settings hold secrets."""
     found = {}
     for line in call_dvc(run_dir, "config", "--list").splitlines():  # `remote list` breaks lines
         key, _, value = line.partition("=")
         if key.startswith("remote.") and key.endswith(".url"):
-            found[key.removeprefix("remote.").removesuffix(".url")] = value
+            name = key.removeprefix("remote.").removesuffix(".url")
+            found[name] = re.sub(r"://([^/@:]*):[^/@]*@", r"://\1@", value)
     return found
 
 
