@@ -155,7 +155,7 @@ def read_json(path: Path | str) -> Any:
         raise StateError(
             "the file is missing", where=str(path), fix="run the stage before"
         ) from err
-    except json.JSONDecodeError as err:
+    except (ValueError, RecursionError) as err:  # also other bytes than text; nested without end
         raise StateError(f"not JSON: {err}", where=str(path), fix="delete it and rerun") from err
 
 

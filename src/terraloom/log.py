@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
-__all__ = ["configure", "get_logger", "progress"]
+__all__ = ["configure", "get_logger", "hide_secrets", "progress"]
+
+_SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-signature|x-amz-security-token|token)=)[^&\s'\")]+")
+_PASSWORD = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://[^\s/@:'\"]*:)[^\s/'\"]+(?=@)")
 
 T = TypeVar("T")
 
 
+def hide_secrets(text: str) -> str:
+    """A message whose addresses have lost their signatures and passwords."""
+    return _PASSWORD.sub(r"\1***", _SIGNATURE.sub(r"\1***", text))
+
+
+class _Discreet(logging.Formatter):
+    """Lines without secrets, those of other libraries and of tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(super().format(record))
+
+
 def configure(verbose: bool = False) -> None:
     """Send log records to stderr with time and level; call once, from the command line."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        force=True,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     )
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(handlers=[handler], level=level, force=True)
     for noisy in ("rasterio", "matplotlib", "fontTools", "botocore", "urllib3", "pyogrio", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -208,8 +208,13 @@ def test_missing_and_broken_catalogues(tmp_path, monkeypatch):
         _lock(tmp_path / "none")
     with pytest.raises(SceneError, match="cannot be reached"):
         _lock(tmp_path, source={"catalogue": "http://127.0.0.1:9/"})
-    (tmp_path / "catalog.json").write_text("{not json")
-    with pytest.raises(SceneError, match="not readable STAC"):
+    for bad in ("{not json", '{"links": ' + "[" * 200_000):
+        (tmp_path / "catalog.json").write_text(bad)
+        with pytest.raises(SceneError, match="not readable STAC"):
+            _lock(tmp_path)
+    with (tmp_path / "catalog.json").open("wb") as f:
+        f.truncate((256 << 20) + 1)
+    with pytest.raises(SceneError, match="a document of more than 256 MB"):
         _lock(tmp_path)
     _write(tmp_path, [_item("a", "2023-05-10")])
     with pytest.raises(SceneError, match="no collection 'd'"):

@@ -55,9 +55,10 @@ def test_json_round_trip_and_nan(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"a": None, "b": 1.5, "c": [0, 1]}
     with pytest.raises(StateError, match="missing"):
         read_json(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(StateError, match="not JSON"):
-        read_json(tmp_path / "bad.json")
+    for bad in (b"{", b"\xff\xfe{", b"[" * 200_000):
+        (tmp_path / "bad.json").write_bytes(bad)
+        with pytest.raises(StateError, match="not JSON"):
+            read_json(tmp_path / "bad.json")
 
 
 def test_digests_do_not_depend_on_order() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from terraloom.acquire import retry, signing
-from terraloom.acquire.signing import PlanetaryComputer, hide_signature, signed_href, signers
+from terraloom.acquire.signing import PlanetaryComputer, signed_href, signers
 from terraloom.errors import ConfigError, SceneError
+from terraloom.log import hide_secrets
 
 HREF = "https://sentinel2l2a01.blob.core.windows.net/sentinel2-l2/06/V/VN/B02_10m.tif"
 
@@ -168,8 +169,11 @@ def test_hooks_of_other_packages(monkeypatch):
 
 def test_signatures_do_not_get_into_messages():
     text = f"'{HREF}?st=2024&se=x&sig=abc%2Fdef%3D' not recognized; X-Amz-Signature"
-    assert "abc" not in hide_signature(text)
-    assert hide_signature(text).startswith(f"'{HREF}?st=2024&se=x&sig=***'")
+    assert "abc" not in hide_secrets(text)
+    assert hide_secrets(text).startswith(f"'{HREF}?st=2024&se=x&sig=***'")
     aws = "https://b.s3.amazonaws.com/a.tif?X-Amz-Security-Token=tok/en&X-Amz-Signature=0a1b&x=1"
-    assert hide_signature(aws).endswith("a.tif?X-Amz-Security-Token=***&X-Amz-Signature=***&x=1")
-    assert hide_signature("nothing secret") == "nothing secret"
+    assert hide_secrets(aws).endswith("a.tif?X-Amz-Security-Token=***&X-Amz-Signature=***&x=1")
+    assert hide_secrets("nothing secret") == "nothing secret"
+    text = "'https://ann:p:w%40d@h.org/a.tif', ssh://bob:word@host/dir, s3://bucket/a@b, 10:30 a@b"
+    kept = "'https://ann:***@h.org/a.tif', ssh://bob:***@host/dir, s3://bucket/a@b, 10:30 a@b"
+    assert hide_secrets(text) == kept

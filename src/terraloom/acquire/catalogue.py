@@ -82,6 +82,14 @@ class Query:
         )
 
 
+def _too_large(where: str) -> SceneError:
+    return SceneError(
+        f"a document of more than {DOCUMENT_BYTES >> 20} MB",
+        where=where,
+        fix="report it to the catalogue's owner",
+    )
+
+
 class _ApiIO(StacApiIO):
     """Requests to an API, with time-outs and retries."""
 
@@ -105,11 +113,7 @@ class _ApiIO(StacApiIO):
             body += piece
             if len(body) > DOCUMENT_BYTES:
                 answer.close()
-                raise SceneError(
-                    f"a document of more than {DOCUMENT_BYTES >> 20} MB",
-                    where=self.catalogue,
-                    fix="report it to the catalogue's owner",
-                )
+                raise _too_large(self.catalogue)
         answer._content = bytes(body)
 
     def request(self, *args: Any, **kwargs: Any) -> str:
@@ -143,7 +147,11 @@ class _StaticIO(DefaultStacIO):
 
     def read_text_from_href(self, href: str) -> str:
         guard_link(href, self.catalogue)
-        return self.http.request(href) if is_url(href) else Path(href).read_text(encoding="utf-8")
+        if is_url(href):
+            return self.http.request(href)
+        if Path(href).stat().st_size > DOCUMENT_BYTES:
+            raise _too_large(href)
+        return Path(href).read_text(encoding="utf-8")
 
 
 def find_items(query: Query) -> list[dict[str, Any]]:
@@ -172,7 +180,9 @@ def find_items(query: Query) -> list[dict[str, Any]]:
             fix="check the address and the network, or try again later; "
             f"{retry.RETRIES} retries were made",
         ) from err
-    except (pystac.STACError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (
+        pystac.STACError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    ) as err:  # fmt: skip
         if isinstance(err.__cause__, SceneError):  # pystac wraps what its reader raises
             raise err.__cause__ from err
         raise SceneError(

@@ -30,8 +30,9 @@ from terraloom.acquire.hosts import may_lead_to
 from terraloom.acquire.hrefs import is_s3, is_url
 from terraloom.acquire.retry import BACKOFF_S, RETRIES, WAIT_S
 from terraloom.acquire.s3 import learn_region, s3_request
-from terraloom.acquire.signing import hide_signature, signed_href
+from terraloom.acquire.signing import signed_href
 from terraloom.errors import SceneError
+from terraloom.log import hide_secrets
 
 __all__ = [
     "Address", "Answer", "Identity", "digest_of", "fetch_range", "fetch_ranges", "is_remote",
@@ -155,7 +156,7 @@ class _Client:
                 may_lead_to(url, asked)
             if not is_url(url) or (parts.scheme == "https" and urlsplit(url).scheme != "https"):
                 raise SceneError(
-                    f"the server redirects to {hide_signature(url)!r}", allowed="https addresses"
+                    f"the server redirects to {hide_secrets(url)!r}", allowed="https addresses"
                 )
         raise SceneError(f"more than {_REDIRECTS} redirects", fix=_LOGIN)
 
@@ -432,4 +433,4 @@ def _said(err: HTTPError) -> str:
     kind = type(inner[-1] if inner else cause).__name__
     text = " ".join(str(inner[-1] if inner else cause).split())
     text = re.sub(r"^.*?(?:Connection|Pool)\w*\([^)]*\):? *", "", text) or text
-    return hide_signature(f"the connection failed ({kind}: {text[:160]})")
+    return hide_secrets(f"the connection failed ({kind}: {text[:160]})")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from terraloom.acquire.retry import retry_policy
 from terraloom.errors import ConfigError, SceneError
 
-__all__ = ["GROUP", "PlanetaryComputer", "hide_signature", "signed_href", "signers"]
+__all__ = ["GROUP", "PlanetaryComputer", "signed_href", "signers"]
 
 #: Entry point group of signing hooks.
 GROUP = "terraloom.signers"
@@ -34,7 +34,6 @@ _TIMEOUT_S = (20.0, 60.0)
 _BLOB = ".blob.core.windows.net"
 #: Storage accounts of Planetary Computer that are open.
 _OPEN = ("ai4edatasetspublicassets",)
-_SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-signature|x-amz-security-token|token)=)[^&\s'\")]+")
 
 
 def signed_href(href: str, sign: str | None) -> str:
@@ -58,11 +57,6 @@ def signed_href(href: str, sign: str | None) -> str:
     if href.lower().startswith("s3://"):
         return "/vsis3/" + href[5:]
     return href
-
-
-def hide_signature(text: str) -> str:
-    """A message with the secrets of signed addresses taken out, for logs and reports."""
-    return _SIGNATURE.sub(r"\1***", text)
 
 
 def signers() -> list[str]:

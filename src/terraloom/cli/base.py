@@ -13,6 +13,7 @@ import typer
 
 from terraloom import __version__
 from terraloom.errors import TerraloomError
+from terraloom.log import hide_secrets
 
 __all__ = [
     "LABELS", "MAP", "MODEL", "PEOPLE", "RUN_CAMPAIGN", "SCENES", "Batch", "CampaignFile", "Out",
@@ -92,7 +93,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except TerraloomError as err:
-        typer.echo(f"error: {err}", err=True)
+        typer.echo(f"error: {hide_secrets(str(err))}", err=True)
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as err:
         said = _of_the_machine(err)

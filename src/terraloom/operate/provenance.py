@@ -360,7 +360,7 @@ def _stored(run_dir: Path, milestone: str) -> Records:
         try:
             record = json.loads(line)
             output = str(record.pop("output"))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as err:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
             raise StateError(
                 "not a record", where=where, fix="terraloom state verify; then restore again"
             ) from err
