@@ -11,14 +11,17 @@ from typing import TypeVar
 
 __all__ = ["configure", "get_logger", "hide_secrets", "progress"]
 
-_SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-signature|x-amz-security-token|token)=)[^&\s'\")]+")
+_SIGNATURE = re.compile(
+    r"(?i)([?&](?:sig|(?:x-(?:amz|goog)-)?(?:signature|credential|security-token)|awsaccesskeyid|"
+    r"(?:access_?|auth_?)?token|password|(?:(?:api|subscription)[_-]?)?key)=)[^&\s'\")]+"
+)
 _PASSWORD = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://[^\s/@:'\"]*:)[^\s/'\"]+(?=@)")
 
 T = TypeVar("T")
 
 
 def hide_secrets(text: str) -> str:
-    """A message whose addresses have lost their signatures and passwords."""
+    """A text whose addresses have lost passwords, signatures, tokens and keys."""
     return _PASSWORD.sub(r"\1***", _SIGNATURE.sub(r"\1***", text))
 
 

@@ -229,7 +229,7 @@ def test_the_doctor_finds_the_traps(project: Path, monkeypatch: pytest.MonkeyPat
     (project / "dvc.yaml").write_text(text.replace("persist: true", "persist: false", 1))
     assert how("DVC outputs") == ["wrong"]
     run(project, "dvc", "remote", "add", "-q", "open", "ssh://me:pa55word@store.example.org/maps")
-    assert "ssh://me@store.example.org/maps" in text_of(examine(project))
+    assert "ssh://me:***@store.example.org/maps" in text_of(examine(project))
     assert "pa55word" not in text_of(examine(project))
     run(project, "dvc", "remote", "remove", "-q", "open")
     run(project, "dvc", "remote", "add", "-q", "late", "/tmp/late")

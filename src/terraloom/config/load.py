@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -14,17 +13,12 @@ from pydantic import BaseModel, ValidationError
 from terraloom.config.campaign import Campaign
 from terraloom.config.site import Site
 from terraloom.errors import ConfigError
+from terraloom.log import hide_secrets
 
 __all__ = ["load_campaign", "load_site", "parse_campaign", "read_yaml"]
 
 
 _M = TypeVar("_M", bound=BaseModel)
-
-#: A password before the host, or a signature or token among the parameters of an address.
-_SECRET = re.compile(
-    r"(?i)://[^/@\s]*:[^/@\s]*@|[?&]((x-amz-|x-goog-)?(signature|credential|security-token)|sig|"
-    r"awsaccesskeyid|(access_?|auth_?)?token|password|((api|subscription)[_-]?)?key)="
-)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -119,7 +113,7 @@ def _validated(
 
 def _secrets(value: Any, key: str = "") -> Iterator[str]:
     """Dotted keys of the texts that hold a secret."""
-    if isinstance(value, str) and _SECRET.search(value):
+    if isinstance(value, str) and hide_secrets(value) != value:
         yield key
     elif isinstance(value, Mapping):
         for name, inner in value.items():

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from terraloom.errors import StateError
+from terraloom.log import hide_secrets
 from terraloom.origin import PINNED
 from terraloom.plan import SUFFIXES
 
@@ -159,7 +160,7 @@ def remotes(run_dir: Path) -> dict[str, str]:
         key, _, value = line.partition("=")
         if key.startswith("remote.") and key.endswith(".url"):
             name = key.removeprefix("remote.").removesuffix(".url")
-            found[name] = re.sub(r"://([^/@:]*):[^/@]*@", r"://\1@", value)
+            found[name] = hide_secrets(value)
     return found
 
 
