@@ -168,7 +168,7 @@ def throughput(args: argparse.Namespace) -> None:
         ensemble = Ensemble.load(campaign=campaign)
         reader = CubeReader(Path("work/cube"), grid)
         window = min(args.window, fitting_window_px(campaign, ensemble))
-        own = window + 2 * ensemble.halo_px
+        own = window // ensemble.stride_px * ensemble.stride_px + 2 * ensemble.halo_px
         known = FORWARD_CUDA if ensemble.device.type == "cuda" else FORWARD
         workers = workers_of(args.threads, ensemble.device)
         keys = [(side, n, w) for side, n in {**dict.fromkeys(known), (own, 1): None}
