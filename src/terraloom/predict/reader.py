@@ -21,7 +21,7 @@ from terraloom.preprocess.tilestore import CHUNK_PX, decode, open_arrays
 __all__ = ["CubeReader"]
 
 #: Bytes of blocks that are held: neighbouring windows share the blocks on their border.
-_HELD_BYTES = 192_000_000
+_HELD_BYTES = 96_000_000
 #: Stores that are held open: a window and its halo seldom touch more.
 _OPEN = 16
 
