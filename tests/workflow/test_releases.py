@@ -16,7 +16,8 @@ from terraloom.config.load import parse_campaign, read_yaml
 from terraloom.errors import ConfigError, StateError
 from terraloom.grid import row_areas_m2
 from terraloom.operate.compare import compare_states, text_of
-from terraloom.operate.doctor import examine, text_of
+from terraloom.operate import doctor
+from terraloom.operate.doctor import examine
 from terraloom.operate.pin import pin_model
 from terraloom.operate.provenance import restore_state
 from terraloom.operate.release import release
@@ -229,8 +230,8 @@ def test_the_doctor_finds_the_traps(project: Path, monkeypatch: pytest.MonkeyPat
     (project / "dvc.yaml").write_text(text.replace("persist: true", "persist: false", 1))
     assert how("DVC outputs") == ["wrong"]
     run(project, "dvc", "remote", "add", "-q", "open", "ssh://me:pa55word@store.example.org/maps")
-    assert "ssh://me:***@store.example.org/maps" in text_of(examine(project))
-    assert "pa55word" not in text_of(examine(project))
+    assert "ssh://me:***@store.example.org/maps" in doctor.text_of(examine(project))
+    assert "pa55word" not in doctor.text_of(examine(project))
     run(project, "dvc", "remote", "remove", "-q", "open")
     run(project, "dvc", "remote", "add", "-q", "late", "/tmp/late")
     run(project, "dvc", "remote", "remove", "-q", "store")
