@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -93,14 +93,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except TerraloomError as err:
-        typer.echo(f"error: {hide_secrets(str(err))}", err=True)
-        sys.exit(2)
+        _fail(str(err))
     except (OSError, MemoryError, RuntimeError) as err:
         said = _of_the_machine(err)
         if not said:
             raise
-        typer.echo(f"error: {said}; finished tiles are kept", err=True)
-        sys.exit(2)
+        _fail(f"{said}; finished tiles are kept")
+
+
+def _fail(said: str) -> NoReturn:
+    typer.echo(f"error: {hide_secrets(said)}", err=True)
+    sys.exit(2)
 
 
 def _of_the_machine(err: Exception) -> str:
