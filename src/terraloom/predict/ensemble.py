@@ -7,31 +7,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from torch.nn.functional import avg_pool2d
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from terraloom.config.campaign import Campaign
 from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.log import get_logger
-from terraloom.models.devices import be_exact, choose_device
+from terraloom.models.devices import be_exact, choose_device, keep_memory
 from terraloom.models.mapnet import FEATURES, MapNet
-from terraloom.models.registry import load_member, ready
+from terraloom.models.registry import load_member
 from terraloom.predict.dropout import drop_channels, dropout_pass
+from terraloom.predict.folding import folded
 from terraloom.predict.onnx_runtime import OnnxMember, digest_of, onnx_members, require_agreement
 from terraloom.predict.trust import Trust
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.applicability import CELL_PX
 
-__all__ = ["MODEL", "Ensemble", "folded", "member_files", "set_up_torch", "workers_of"]
+__all__ = ["MODEL", "Ensemble", "member_files", "set_up_torch", "workers_of"]
 
 MODEL = Path("results/model")
 _CPU = torch.device("cpu")
@@ -55,9 +53,10 @@ def member_files(folder: Path = MODEL) -> list[Path]:
 
 
 def set_up_torch(threads: int, device: torch.device) -> None:
-    """Threads of this process, and arithmetic that gives the same numbers every time."""
+    """Threads and memory of this process, and arithmetic that gives the same numbers every time."""
     torch.set_num_threads(threads)
     be_exact(device)
+    keep_memory()
     # Every layer writes all of its output; filling it before costs 10-15 % of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -69,28 +68,6 @@ def workers_of(threads: int, device: torch.device) -> int:
     each other at its end. A GPU works on one window.
     """
     return min(threads, _MOST_WORKERS) if device.type == "cpu" else 1
-
-
-def folded(net: MapNet) -> MapNet:
-    """A network in evaluation mode with its batch norms folded into the convolutions before them.
-
-    The same map up to rounding (3e-6 of a probability), 10-30 % faster. The network is changed.
-    """
-    for block in list(net.modules()):
-        if not isinstance(block, nn.Sequential):
-            continue
-        names = list(block._modules)
-        for a, b in pairwise(names):
-            first, second = block._modules[a], block._modules[b]
-            if isinstance(first, (nn.Conv1d, nn.Conv2d)) and isinstance(
-                second, (nn.BatchNorm1d, nn.BatchNorm2d)
-            ):
-                block._modules[a] = fuse_conv_bn_eval(first, second)
-                block._modules[b] = nn.Identity()
-                after = names[names.index(b) + 1 :]
-                if after and isinstance(relu := block._modules[after[0]], nn.ReLU):
-                    relu.inplace = True  # nothing else holds the output of the convolution
-    return ready(net)
 
 
 @dataclass(frozen=True)
