@@ -7,7 +7,7 @@ Simulated cubes (10 bands of Sentinel-2), networks of the default size with rand
 run. The job of `terraloom predict-tiles` (cubes from disk in, predicted tiles on disk out) is timed
 beside the forward passes alone, of the same networks on inputs in memory, in the windows that
 are fastest for them: all threads in one window, and a window per thread. These have the networks
-and their softmax alone, not the features of the area of applicability, of which the job makes a
+up to their logits alone, not the features of the area of applicability, of which the job makes a
 layer; with --plain the job makes none of it, and no conformal sets. --width is that of the
 networks: their cost grows with its square, that of all else does not. 24 is the size of those that
 the peers were measured with (0.55 million parameters), who take 2.3-2.5 times as long as eager
@@ -125,7 +125,7 @@ def forward(ensemble: Ensemble, x: dict[str, Any], workers: int, threads: int) -
 
     def one(_: int) -> None:
         for member in ensemble.members:
-            found = member.predict(tensors)
+            found = member.predict(tensors, logits=True)
         for values in found.values():
             values[..., :1].cpu()  # a GPU has finished when this is there
 

@@ -43,9 +43,11 @@ class Pair(MapNet):
         a, b = self.one.forward_at(x, wanted), self.other.forward_at(x, wanted)
         return {k: torch.cat([v, b[k]], 1) for k, v in a.items()}
 
-    def predict(self, inputs: Mapping[str, Tensor], *, describe: bool = False) -> dict[str, Tensor]:
+    def predict(
+        self, inputs: Mapping[str, Tensor], *, describe: bool = False, logits: bool = False
+    ) -> dict[str, Tensor]:
         """Prediction of the first; see :meth:`MapNet.predict`."""
-        return self.one.predict(inputs, describe=describe)
+        return self.one.predict(inputs, describe=describe, logits=logits)
 
     @staticmethod
     def of_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

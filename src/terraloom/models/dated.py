@@ -253,14 +253,16 @@ class DatedNet(MapNet):
         return len(self.spec.steps) * max(self.spec.widths[0], 16)
 
     @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, Tensor], *, describe: bool = False) -> dict[str, Tensor]:
+    def predict(
+        self, inputs: Mapping[str, Tensor], *, describe: bool = False, logits: bool = False
+    ) -> dict[str, Tensor]:
         """See :meth:`MapNet.predict`; a large window is predicted in parts, with equal results."""
         n, height, width = self._size(inputs)
         halo, stride = self.halo_px(), self.stride_px
         most = _PART_VALUES // (n * self._values_per_px())
         side = max(int(math.sqrt(most)) - 2 * halo, 2 * halo, stride) // stride * stride
         if height <= side + 2 * halo and width <= side + 2 * halo:
-            return super().predict(inputs, describe=describe)
+            return super().predict(inputs, describe=describe, logits=logits)
         whole = super().predict
         rows: list[dict[str, Tensor]] = []
         for top in range(0, height, side):
@@ -275,7 +277,7 @@ class DatedNet(MapNet):
                 h, w = min(side, height - top), min(side, width - left)
                 row.append({
                     k: v[..., top - r0 : top - r0 + h, left - c0 : left - c0 + w]
-                    for k, v in whole(part, describe=describe).items()
+                    for k, v in whole(part, describe=describe, logits=logits).items()
                 })  # fmt: skip
             rows.append({k: torch.cat([p[k] for p in row], -1) for k in row[0]})
         return {k: torch.cat([p[k] for p in rows], -2) for k in rows[0]}

@@ -231,11 +231,13 @@ class MapNet(nn.Module):
         rows = max(1, _STRIP_VALUES // (raw.shape[0] * out.shape[1] * raw.shape[3]))
         for start in range(0, raw.shape[2], rows):
             part = raw[:, :, start : start + rows]
-            valid = torch.isfinite(part)
-            if not bool(valid.all()):  # an infinity must not become a large, valid number
+            if all(math.isfinite(v) for v in (part.amax().item(), part.amin().item())):
+                valid = torch.ones_like(part, dtype=torch.bool)
+            else:  # an infinity must not become a large, valid number
+                valid = torch.isfinite(part)
                 part = part.masked_fill(~valid, math.nan)
-            x = (self.features(group, part) - mean) / std
-            x = torch.nan_to_num(x, 0.0, 0.0, 0.0).clamp(-8, 8)
+            x = self.features(group, part).sub(mean).div_(std)
+            x = x.nan_to_num_(0.0, 0.0, 0.0).clamp_(-8, 8)
             self._write(out[:, :, start : start + part.shape[2], : raw.shape[3]], group, x, valid)
 
     def _write(self, out: Tensor, group: str, x: Tensor, valid: Tensor) -> None:
@@ -271,12 +273,15 @@ class MapNet(nn.Module):
         return {k: v[..., :h, :w] for k, v in self.forward_prepared(self.prepare(inputs)).items()}
 
     @torch.inference_mode()
-    def predict(self, inputs: Mapping[str, Tensor], *, describe: bool = False) -> dict[str, Tensor]:
+    def predict(
+        self, inputs: Mapping[str, Tensor], *, describe: bool = False, logits: bool = False
+    ) -> dict[str, Tensor]:
         """Physical predictions per task; the network must be in evaluation mode.
 
         Args:
             inputs: See :meth:`prepare`; they are moved to where the network is.
             describe: Also give the features that the heads make it all of.
+            logits: Give logits of classes, whose softmax over K are the probabilities.
 
         Returns:
             On the network's device. Segmentation: class probabilities (N, K, h, w). Regression:
@@ -293,7 +298,8 @@ class MapNet(nn.Module):
         for name, raw in raws.items():
             head: Any = self.heads[name]
             if isinstance(head, Head):
-                out[name] = head.physical(raw.float())  # of bf16 they would not sum to 1
+                raw = raw.float()  # of bf16 they would not sum to 1
+                out[name] = raw if logits and head.task.classed else head.physical(raw)
         for features in seen:
             _, h, w = self._size(inputs)
             out[FEATURES] = features[..., :h, :w].float()

@@ -257,7 +257,8 @@ def _predicted(
         parts = [w.padded(halo, stride) for w in batch]
         inputs = [reader.window(p.row, p.col, p.height, p.width) for p in parts]
         stacked = {g: np.stack([i[g] for i in inputs]) for g in inputs[0]}
-        values = predict_views(ensemble.predict, stacked, campaign.predict.views)
+        views, maps = campaign.predict.views, ensemble.calibrations
+        values = predict_views(ensemble.predict, stacked, views, logits=maps)
         cuts = [(w, w.within(p)) for w, p in zip(batch, parts, strict=True)]
         return [
             (w, _means(campaign, ensemble, {k: v[:, n, :, r, c] for k, v in values.items()}))

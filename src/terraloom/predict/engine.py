@@ -23,7 +23,6 @@ from terraloom.config.campaign import Campaign
 from terraloom.grid import CampaignGrid, Tile, row_areas_m2
 from terraloom.io import digest_json, read_json, write_json
 from terraloom.log import get_logger
-from terraloom.models.mapnet import FEATURES
 from terraloom.models.registry import card_path, check_contract
 from terraloom.plan import CUBES, TILES
 from terraloom.predict.ensemble import Ensemble, member_files, workers_of
@@ -32,11 +31,10 @@ from terraloom.predict.overlap import overlapped, side_by_side
 from terraloom.predict.reader import CubeReader
 from terraloom.predict.tilewriter import TileWriter
 from terraloom.predict.views import F32, predict_views
-from terraloom.predict.windows import Window, cut, in_batches
+from terraloom.predict.windows import Place, Window, cut, in_batches
 from terraloom.preprocess.tilestore import open_arrays
 from terraloom.state import code_digest
 from terraloom.train.model_files import task_specs
-from terraloom.uncertainty.applicability import CELL_PX
 
 __all__ = ["Speed", "fitting_window_px", "load_ensemble", "predict_batch"]
 
@@ -47,8 +45,9 @@ _MOST_BYTES = 1_500_000_000
 _COPIES_ALONE, _COPIES_BESIDE = 3, 6
 
 Batch = list[tuple[Window, tuple[Tile, ...]]]
-#: Inputs or predictions of a batch of windows, and the reason bits of each.
-Loaded = tuple[dict[str, F32], list[npt.NDArray[np.uint8]]]
+#: Inputs or predictions of a batch of windows, the reason bits of each, and where each lies in
+#: what is read for it.
+Loaded = tuple[dict[str, F32], list[npt.NDArray[np.uint8]], list[Place]]
 log = get_logger(__name__)
 
 
@@ -170,30 +169,30 @@ def predict_tiles(
     layers = Layers(campaign.tasks, ensemble.calibrations, campaign.products.probability_bits,
                     ensemble.trust, spread=campaign.regions is not None)  # fmt: skip
     batches = list(in_batches(wanted, how.batch))
-    halo, stride = ensemble.halo_px, ensemble.stride_px
+    halo, stride, maps = ensemble.halo_px, ensemble.stride_px, ensemble.calibrations
     done, last, lock = 0, time.monotonic(), threading.Lock()
 
     def load(batch: Batch) -> Loaded:
-        parts = []
+        parts, places = [], []
         for window, _ in batch:
             around = window.padded(halo, stride)
             parts.append(reader.window(around.row, around.col, around.height, around.width))
+            places.append(window.within(around))
         inputs = {g: np.stack([p[g] for p in parts]) for g in parts[0]}
-        return inputs, [reader.reasons(window) for window, _ in batch]
+        return inputs, [reader.reasons(window) for window, _ in batch], places
 
     def compute(loaded: Loaded) -> Loaded:
         start = time.monotonic()
-        values = predict_views(ensemble.predict, loaded[0], how.views)
+        values = predict_views(ensemble.predict, loaded[0], how.views, loaded[2], maps)
         with lock:
             speed.network_s += time.monotonic() - start
-        return values, loaded[1]
+        return values, *loaded[1:]
 
     def store(batch: Batch, found: Loaded) -> None:
         nonlocal done, last
         for n, (window, held) in enumerate(batch):
-            around = window.padded(halo, stride)
-            inner = _inner({name: v[:, n] for name, v in found[0].items()}, window.within(around))
-            writer.write(window, [t for t in held if t.name in todo], inner, found[1][n])
+            values = {name: v[:, n] for name, v in found[0].items()}
+            writer.write(window, [t for t in held if t.name in todo], values, found[1][n])
         with lock:
             speed.computed_px += sum(_size(w.padded(halo, stride)) for w, _ in batch)
             done += 1
@@ -220,18 +219,6 @@ def predict_tiles(
 
 def _size(window: Window) -> int:
     return window.height * window.width
-
-
-def _inner(values: Mapping[str, F32], place: tuple[slice, slice]) -> dict[str, F32]:
-    """Predictions (M, c, h, w) without their halo, and features of cells."""
-
-    def cut_back(name: str, x: F32) -> F32:
-        rows, cols = place
-        if name == FEATURES:
-            rows, cols = (slice(s.start // CELL_PX, s.stop // CELL_PX) for s in place)
-        return x[..., rows, cols]
-
-    return {name: cut_back(name, x) for name, x in values.items()}
 
 
 def _path(tile: Tile) -> Path:

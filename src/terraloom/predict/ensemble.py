@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from terraloom.predict.dropout import drop_channels, dropout_pass
 from terraloom.predict.folding import folded
 from terraloom.predict.onnx_runtime import OnnxMember, digest_of, onnx_members, require_agreement
 from terraloom.predict.trust import Trust
+from terraloom.predict.windows import Place
 from terraloom.train.ensemble import Calibration
 from terraloom.uncertainty.applicability import CELL_PX
 
@@ -174,28 +175,37 @@ class Ensemble:
         given += net.spec.widths[0] if self.described else 0
         return float(taken + given * len(self.members) * max(self.passes, 1))
 
-    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+    def predict(
+        self, inputs: Mapping[str, F32], within: Sequence[Place] | None = None
+    ) -> dict[str, F32]:
         """Members' predictions of N windows, which may be called from several threads at once.
 
         Args:
             inputs: Per group (N, C, h / factor, w / factor), NaN = missing.
+            within: Rows and columns that are wanted of each window, of one size; with
+                applicability whole cells. None: all.
 
         Returns:
-            Per task (M, N, c, h, w); see :meth:`MapNet.predict`. With dropout M counts the passes
-            of all members. Where applicability is wanted also :data:`FEATURES`, of the first pass
-            of the members :attr:`described`: means of cells, (F, N, D, h / CELL_PX, w / CELL_PX).
+            Per task (M, N, c, h, w); see :meth:`MapNet.predict`; of classes (those of
+            :attr:`calibrations`) the logits. With dropout M counts the passes of all members.
+            Where applicability is wanted also :data:`FEATURES`, of the first pass of the members
+            :attr:`described`: means of cells, (F, N, D, h / CELL_PX, w / CELL_PX).
         """
         tensors = {g: torch.from_numpy(x).to(self.device) for g, x in inputs.items()}
+        n = len(next(iter(inputs.values())))
+        places = within or [(slice(None), slice(None))] * n
         out: dict[str, F32] = {}
         total, described = len(self.members) * max(self.passes, 1), 0
-        for n, found in enumerate(self._each(tensors)):
+        for i, found in enumerate(self._each(tensors)):
             for name, values in found.items():
+                parts = [values[k : k + 1, :, r, c] for k, (r, c) in enumerate(places)]
                 if name == FEATURES:
-                    values = avg_pool2d(values.float(), CELL_PX)
-                size, at = (total, n) if name != FEATURES else (len(self.described), described)
+                    parts = [avg_pool2d(v.float(), CELL_PX) for v in parts]
+                size, at = (total, i) if name != FEATURES else (len(self.described), described)
                 if name not in out:
-                    out[name] = np.empty((size, *values.shape), np.float32)
-                torch.from_numpy(out[name][at]).copy_(values)
+                    out[name] = np.empty((size, n, *parts[0].shape[1:]), np.float32)
+                for target, part in zip(out[name][at], parts, strict=True):
+                    torch.from_numpy(target).copy_(part[0])
             described += FEATURES in found
         return out
 
@@ -207,5 +217,5 @@ class Ensemble:
             for number in numbers:
                 describe = i in self.described and number in (None, 0)
                 with fast, dropout_pass(number):
-                    found = member.predict(tensors, describe=describe)
+                    found = member.predict(tensors, describe=describe, logits=True)
                 yield found

@@ -77,9 +77,7 @@ class _Conv(nn.Conv2d):
 
 
 #: What torch's own compiler makes of the two, on processors. Builds without oneDNN lack it.
-_HAS_JOINED = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_convolution_pointwise"
-)
+_HAS_JOINED = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def _can_join(x: Tensor) -> bool:
@@ -90,5 +88,5 @@ def _can_join(x: Tensor) -> bool:
         and x.dtype is torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )

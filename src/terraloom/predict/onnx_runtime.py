@@ -83,7 +83,9 @@ class OnnxMember:
         """See :class:`MapNet`."""
         return self.net.feature_slices()
 
-    def predict(self, inputs: Mapping[str, Tensor], *, describe: bool = False) -> dict[str, Tensor]:
+    def predict(
+        self, inputs: Mapping[str, Tensor], *, describe: bool = False, logits: bool = False
+    ) -> dict[str, Tensor]:
         """Physical predictions per task; see :meth:`MapNet.predict`.
 
         Windows that are no whole strides are padded with NaN and cut back.
@@ -91,8 +93,12 @@ class OnnxMember:
         whole, (height, width) = self.whole(inputs)
         names = [*(t.name for t in self.spec.tasks), *([FEATURES] if describe else [])]
         found = self.session.run(names, whole)
-        return {k: torch.from_numpy(v[..., :height, :width])
-                for k, v in zip(names, found, strict=True)}  # fmt: skip
+        out = {k: torch.from_numpy(v[..., :height, :width])
+               for k, v in zip(names, found, strict=True)}  # fmt: skip
+        for task in self.spec.tasks:
+            if logits and task.classed:  # the files give probabilities, for use elsewhere
+                out[task.name] = out[task.name].log_()
+        return out
 
     def whole(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, F32], tuple[int, int]]:
         """All groups in whole strides, padded with NaN, and height and width before."""

@@ -14,7 +14,10 @@ from itertools import pairwise
 
 from terraloom.grid import Tile
 
-__all__ = ["Window", "cut", "in_batches"]
+__all__ = ["Place", "Window", "cut", "in_batches"]
+
+#: Rows and columns of an array.
+Place = tuple[slice, slice]
 
 #: Cuts lie on multiples of this many pixels, as the borders of tiles do.
 _UNIT_PX = 48
@@ -48,7 +51,7 @@ class Window:
         s = stride_px
         return Window(top * s, left * s, (bottom - top) * s, (right - left) * s)
 
-    def within(self, outer: Window) -> tuple[slice, slice]:
+    def within(self, outer: Window) -> Place:
         """Rows and columns of this window in an array of a window around it."""
         r, c = self.row - outer.row, self.col - outer.col
         return slice(r, r + self.height), slice(c, c + self.width)

@@ -38,8 +38,8 @@ F64 = npt.NDArray[np.float64]
 CELL_PX = 2
 #: Dimensions that are kept of wide features (count).
 MOST_DIMS = 16
-#: Pixels compared at once: with some hundred points the block, under a megabyte, stays in cache.
-_ROWS = 512
+#: Pixels compared at once: with some hundred points the block, about a megabyte, stays in cache.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,12 @@ class Space:
     turn: F32
     points: F32
 
-    def project(self, features: npt.NDArray[Any]) -> F32:
-        """(N, E) of features (N, D)."""
+    def check(self, features: npt.NDArray[Any]) -> None:
+        """Refuse features that are not (N, D)."""
         if features.ndim != 2 or features.shape[1] != len(self.centre):
             raise ModelError(f"features of shape {features.shape}", where="applicability",
                              allowed=f"(N, {len(self.centre)})",
                              fix="run target `model` again")  # fmt: skip
-        return np.asarray((features - self.centre) @ self.turn, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -176,21 +175,28 @@ def dissimilarity(
     Returns:
         (N,) DI and (N,) counts, as floats.
     """
-    z = space.project(features)
-    half = (z.astype(np.float32) ** 2).sum(axis=1) / 2
-    # z.p - p.p/2 is largest where the distance is smallest, and one matrix product.
-    table = np.concatenate([space.points.T, -(space.points.T**2).sum(0, keepdims=True) / 2])
+    space.check(features)
     # Points in rows, pixels in columns: the maximum and the count then go along the columns.
-    table = np.ascontiguousarray(table.T)
-    ones = np.ascontiguousarray(np.concatenate([z.T, np.ones((1, len(z)), np.float32)]))
-    best, count = np.empty(len(z), np.float32), np.empty(len(z), np.float32)
-    limit = half - np.float32(threshold**2 / 2)
-    for start in range(0, len(z), _ROWS):
-        at = slice(start, start + _ROWS)
-        near = table @ ones[:, at]
-        near.max(axis=0, out=best[at])
-        count[at] = _counts(near > limit[at])
-    return np.sqrt(np.maximum(2 * (half - best), 0)), count
+    f, n = features.T, len(features)
+    turn, centre = np.ascontiguousarray(space.turn.T), space.centre[:, None]
+    # p.z - p.p/2 is largest where the distance is smallest, and one matrix product.
+    points = space.points
+    table = np.concatenate([points, -(points**2).sum(axis=1, keepdims=True) / 2], axis=1)
+    z = np.ones((table.shape[1], _ROWS), np.float32)
+    near = np.empty((len(table), _ROWS), np.float32)
+    inside = np.empty((len(table), _ROWS), np.bool_)
+    di, count = np.empty(n, np.float32), np.empty(n, np.float32)
+    for start in range(0, n, _ROWS):
+        at = slice(start, min(start + _ROWS, n))
+        here = slice(0, at.stop - at.start)
+        x, reach, close = z[:, here], near[:, here], inside[:, here]
+        np.matmul(turn, f[:, at] - centre, out=x[:-1])
+        half = np.einsum("ij,ij->j", x[:-1], x[:-1]) / 2
+        np.matmul(table, x, out=reach)
+        np.greater(reach, half - np.float32(threshold**2 / 2), out=close)
+        di[at] = np.sqrt(np.maximum(2 * (half - reach.max(axis=0)), 0))
+        count[at] = _counts(close)
+    return di, count
 
 
 def _counts(inside: npt.NDArray[np.bool_]) -> F32:
