@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import torch
 
 from terraloom.errors import ModelError
 
-__all__ = ["be_exact", "choose_device", "give_back_memory", "keep_memory", "number_of"]
+__all__ = ["be_exact", "choose_device", "number_of"]
 
-#: Parameters of glibc's mallopt: how many heaps threads may share, how many blocks may be mapped by
-#: themselves, and free bytes at the end of the heap from which it shrinks.
-_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
 _NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,34 +62,3 @@ def be_exact(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-
-
-def keep_memory() -> None:
-    """Keep freed memory for the next tensors of this process, where its C library is glibc.
-
-    As it comes, each tensor of more than 32 MB is given back to the system when it is freed, and
-    the next one's pages are filled with zeros by the kernel again: 15-25 % of the time of a large
-    window. Small arrays come to lie in the gaps of large ones, so what is kept grows slowly: call
-    :func:`give_back_memory` after each window.
-    """
-    give_back_memory()  # that of an earlier job
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_ARENA_MAX, 1)  # the heaps of other arenas are given back whole
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def give_back_memory() -> None:
-    """Give the system what is free of the memory that :func:`keep_memory` keeps."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc."""
-    try:
-        libc = ctypes.CDLL(None)
-        _ = libc.mallopt, libc.malloc_trim
-    except (AttributeError, OSError, TypeError):  # another one
-        return None
-    return libc

@@ -23,7 +23,6 @@ from terraloom.config.campaign import Campaign
 from terraloom.grid import CampaignGrid, Tile, row_areas_m2
 from terraloom.io import digest_json, read_json, write_json
 from terraloom.log import get_logger
-from terraloom.models.devices import give_back_memory
 from terraloom.models.registry import card_path, check_contract
 from terraloom.plan import CUBES, TILES
 from terraloom.predict.ensemble import Ensemble, member_files, workers_of
@@ -194,7 +193,6 @@ def predict_tiles(
         for n, (window, held) in enumerate(batch):
             values = {name: v[:, n] for name, v in found[0].items()}
             writer.write(window, [t for t in held if t.name in todo], values, found[1][n])
-        give_back_memory()  # a hundredth of the time; otherwise it grows with the region
         with lock:
             speed.computed_px += sum(_size(w.padded(halo, stride)) for w, _ in batch)
             done += 1

@@ -19,7 +19,7 @@ from terraloom.config.campaign import Campaign
 from terraloom.errors import ModelError
 from terraloom.io import digest_json, read_json, sha256
 from terraloom.log import get_logger
-from terraloom.models.devices import be_exact, choose_device, keep_memory
+from terraloom.models.devices import be_exact, choose_device
 from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import load_member
 from terraloom.predict.dropout import drop_channels, dropout_pass
@@ -54,10 +54,9 @@ def member_files(folder: Path = MODEL) -> list[Path]:
 
 
 def set_up_torch(threads: int, device: torch.device) -> None:
-    """Threads and memory of this process, and arithmetic that gives the same numbers every time."""
+    """Threads of this process, and arithmetic that gives the same numbers every time."""
     torch.set_num_threads(threads)
     be_exact(device)
-    keep_memory()
     # Every layer writes all of its output; filling it before costs 10-15 % of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
