@@ -50,6 +50,12 @@ def predicted() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {"cover": p, "height": height.astype(np.float32)}, reasons
 
 
+def from_networks() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The same with classes as networks give them."""
+    values, reasons = predicted()
+    return values | {"cover": np.log(values["cover"])}, reasons
+
+
 def calibrated(p: np.ndarray) -> np.ndarray:
     z = np.log(p) * 1.3 + np.array([0.0, 0.2, -0.1])[:, None, None]
     e = np.exp(z)
@@ -69,7 +75,7 @@ def test_cells_hold_the_mean_of_their_valid_pixels() -> None:
 
 
 def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, reasons = predicted()
+    values, reasons = from_networks()
     with ThreadPoolExecutor(2) as pool:
         whole = encoded(LAYERS, values, reasons, pool)
         monkeypatch.setattr("terraloom.predict.tilewriter._STRIP_VALUES", 12 * W * M * 3)
@@ -89,7 +95,7 @@ def test_spread_is_that_of_the_pixels(tmp_path: Path) -> None:
     with TileWriter(tmp_path, "b0", LAYERS, grid, {t.name: "d" for t in tiles}, windows) as writer:
         for window, held in windows:
             rows, cols = window.within(Window(0, 0, H, W))
-            part = {k: v[..., rows, cols] for k, v in values.items()}
+            part = {k: v[..., rows, cols] for k, v in from_networks()[0].items()}
             writer.write(window, held, part, reasons[rows, cols])
     store = read_store(tmp_path / f"{tiles[0].name}.zip")  # as the products read it
     assert store["members_cover"].shape == (M, 3, 8, 8)
@@ -117,7 +123,7 @@ def test_spread_is_that_of_the_pixels(tmp_path: Path) -> None:
 
 
 def test_without_regions_nothing_is_kept() -> None:
-    values, reasons = predicted()
+    values, reasons = from_networks()
     plain = Layers(TASKS, {"cover": SHARP}).encode(values, reasons == 0)
     full = LAYERS.encode(values, reasons == 0)
     assert set(full) - set(plain) == {"members_cover", "members_height"}
