@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from terraloom.models.fusion import FusionSpec, Normalisation, index_pairs
 from terraloom.models.heads import TaskSpec
 from terraloom.models.mapnet import FEATURES, MapNet
 from terraloom.models.registry import build, load_member, save_member
+from terraloom.predict.folding import folded
 from terraloom.predict.reader import CubeReader
 from terraloom.preprocess.groups import group_factor
 from terraloom.uncertainty.applicability import Applicability, cell_means, fit_space
@@ -109,3 +111,22 @@ def check_reach(net: MapNet, scene: Callable[[int, int, int], dict[str, Tensor]]
             reach = max(reach, row - int(seen.min()) * f, int(seen.max()) * f + f - 1 - row)
     assert reach == rf
     assert rf <= halo < rf + s
+
+
+def check_folded(net: MapNet, x: dict[str, Tensor]) -> None:
+    """A network made ready to predict gives what it gave before, as logits too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for name, values in net.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                values.copy_(0.5 + torch.rand(values.shape))
+    net.eval()
+    plain = net.predict(x, describe=True)
+    fast = folded(deepcopy(net))
+    found, logits = fast.predict(x, describe=True), fast.predict(x, logits=True)
+    assert found.keys() == plain.keys()
+    for name, values in plain.items():
+        assert torch.allclose(found[name], values, rtol=1e-3, atol=1e-4), name
+    for task in net.spec.tasks:
+        same = logits[task.name].softmax(1) if task.classed else logits[task.name]
+        assert torch.allclose(same, found[task.name], atol=1e-6), task.name

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from support.networks import check_folded
 from terraloom.config.model import Model
 from terraloom.errors import ModelError
 from terraloom.models.backbones import BackboneNet, BackboneSpec, encoder_reach
@@ -249,3 +250,8 @@ def test_figures_of_the_page(timm: Any) -> None:
 def test_nothing_is_imported_before_it_is_needed() -> None:
     source = Path(importlib.import_module("terraloom.models.backbones").__file__ or "").read_text()
     assert "import timm" not in source and "import torchvision" not in source
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "vgg11"])
+def test_folding_changes_nothing_but_time(timm: Any, name: str) -> None:
+    check_folded(make_net(name, 3), scene(48, 72))

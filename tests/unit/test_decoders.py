@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.networks import check_reach
+from support.networks import check_folded, check_reach
 from terraloom.errors import ModelError
 from terraloom.models.decoders import DECODERS
 from terraloom.models.fusion import FusionNet, FusionSpec, Normalisation
@@ -187,3 +187,8 @@ def test_cards_name_the_decoder_and_old_ones_mean_a_unet() -> None:
         assert FusionSpec.from_json(card).decoder == "unet"
     with pytest.raises(ModelError, match="pyramid"):
         FusionSpec(CHANNELS, TASKS, decoder="pyramid")
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+def test_folding_changes_nothing_but_time(decoder: str) -> None:
+    check_folded(make_net(decoder), scene(37, 53, n=2))

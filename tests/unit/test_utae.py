@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from support.networks import check_reach
+from support.networks import check_folded, check_reach
 from terraloom.errors import ModelError
 from terraloom.models.dated import DatedSpec, step_days
 from terraloom.models.fusion import FusionSpec, Normalisation
@@ -377,3 +377,8 @@ def test_learns_a_time_course_that_means_cannot_tell(network: str) -> None:
             blind = build(make_spec(network, channels, task, width=8, depth=2, dropout=0.0), norm)
             blind.get_buffer("day").fill_(100.0)
             assert learnt(blind, train, test) < 0.75
+
+
+@pytest.mark.parametrize("network", TIMED)
+def test_folding_changes_nothing_but_time(network: str) -> None:
+    check_folded(make_net(network), scene(37, 53, n=2))

@@ -174,7 +174,7 @@ DECODERS: dict[str, type[Decoder]] = {
 
 
 # --- up by a factor of two -----------------------------------------------------------------------
-# What they give is new, so a sum may be written into it: at 10 m that spares a tenth of the time.
+# What they give is new, so a sum may be written into it: no other tensor of the size is needed.
 
 
 def _repeat(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from terraloom.predict.windows import Place
 
@@ -53,29 +54,25 @@ def predict_views(
     out = predict(inputs, within)
     if views == 1:
         return out
+    averaged = [name for name in out if not name.startswith(".")]
     for name in logits:
-        _to_probabilities(out[name])
+        out[name] = _probabilities(out[name])
     for view in _VIEWS[1:views]:
         found = predict({g: _turned(x, *view) for g, x in inputs.items()}, None)
-        for name, total in out.items():
-            if name.startswith("."):
-                continue
-            if name in logits:
-                _to_probabilities(found[name])
-            back = _back(found[name], *view)
-            for n in range(total.shape[1]):
+        for name in averaged:
+            values = _probabilities(found[name]) if name in logits else found[name]
+            back = _back(values, *view)
+            for n in range(back.shape[1]):
                 rows, cols = within[n] if within else (slice(None), slice(None))
-                total[:, n] += back[:, n, :, rows, cols]
-    for name, total in out.items():
-        if not name.startswith("."):
-            total /= views
-        if name in logits:
-            np.log(np.maximum(total, np.finfo(np.float32).tiny, out=total), out=total)
+                out[name][:, n] += back[:, n, :, rows, cols]
+    for name in averaged:
+        out[name] /= views
+    for name in logits:
+        out[name] = np.log(np.maximum(out[name], np.finfo(np.float32).tiny))
     return out
 
 
-def _to_probabilities(logits: F32) -> None:
-    """Softmax over the classes of (..., K, h, w), in place."""
-    logits -= logits.max(axis=-3, keepdims=True)
-    np.exp(logits, out=logits)
-    logits /= logits.sum(axis=-3, keepdims=True)
+def _probabilities(logits: F32) -> F32:
+    """Softmax over the classes of (..., K, h, w)."""
+    p: F32 = torch.from_numpy(logits).softmax(-3).numpy()
+    return p
